@@ -1,0 +1,226 @@
+"""Manifests: which images a dataset version holds, one row per file, in Parquet.
+
+A manifest never changes. Rows are sorted by `key`, the POSIX path below `root`. Images stay where they are.
+
+    key              str         unique
+    digest           str         SHA-256 of the file, hex; empty when the file could not be read
+    pixel_digest     str|null    SHA-256 over "WxH:" and the RGB bytes, hex; null unless the status is ok
+    perceptual_hash  uint64|null difference hash of the gray image; null unless the status is ok
+    class_name       str|null    null for unlabeled images
+    status           str         "ok" or why the file is no image, one of `ml.pixels.STATUSES`
+    bytes            int64       size of the file
+    width, height    int32|null  after EXIF rotation; null unless the status is ok
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ml.errors import ClassMismatch, DataError, TooFewLabels
+from ml.files import written_aside
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Kind = Literal["labeled", "unlabeled", "evaluation"]
+
+COLUMNS = ("key", "digest", "pixel_digest", "perceptual_hash", "class_name", "status", "bytes", "width", "height")
+
+_DIGEST_ROWS = 65536
+
+
+def _schema() -> pa.Schema:
+    # pyarrow costs 40 MB and is imported on first use, so that the API starts without it.
+    import pyarrow as pa
+
+    types = {
+        "perceptual_hash": pa.uint64(),
+        "bytes": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+    }
+    required = ("key", "digest", "status", "bytes")
+    return pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name not in required) for name in COLUMNS])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Manifest:
+    """An immutable list of images below `root`; `table` is a pyarrow.Table with the columns above."""
+
+    root: str
+    kind: Kind
+    class_names: tuple[str, ...]
+    """Sorted; empty when unlabeled."""
+    table: pa.Table
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, root: str | Path, kind: Kind) -> Manifest:
+        """Sort `rows` (dicts with all COLUMNS) into a manifest; class names are those of the usable rows."""
+        import pyarrow as pa
+
+        ordered = sorted(rows, key=lambda row: cast(str, row["key"]))
+        for before, after in pairwise(ordered):
+            if before["key"] == after["key"]:
+                raise DataError(f"the key {after['key']!r} stands twice in one manifest", key=after["key"])
+        names = {row["class_name"] for row in ordered if row["class_name"] is not None and row["status"] == "ok"}
+        columns = {name: [row[name] for row in ordered] for name in COLUMNS}
+        return cls(str(root), kind, tuple(sorted(names)), pa.table(columns, schema=_schema()))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Open the manifest at `path`; DataError when it is absent, damaged or something else."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path, partitioning=None)
+            facts = json.loads((table.schema.metadata or {})[b"manifest"])
+            table = table.replace_schema_metadata(None).cast(_schema())
+        except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+            raise DataError(f"{path} is not a readable manifest: {error}", path=str(path)) from error
+        return cls(facts["root"], facts["kind"], tuple(facts["class_names"]), table)
+
+    def write(self, path: str | Path) -> None:
+        """Write Parquet to `path`, whole or not at all; equal manifests give equal bytes."""
+        import pyarrow.parquet as pq
+
+        facts = {"root": self.root, "kind": self.kind, "class_names": list(self.class_names)}
+        table = self.table.replace_schema_metadata({"manifest": json.dumps(facts, sort_keys=True)})
+        with written_aside(Path(path)) as aside:
+            pq.write_table(table.combine_chunks(), aside, compression="zstd", row_group_size=_DIGEST_ROWS)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def column(self, name: str) -> list[Any]:
+        """All values of one column, as Python objects."""
+        return cast(list[Any], self.table.column(name).to_pylist())
+
+    def rows(self, start: int, stop: int) -> Manifest:
+        """The rows from `start` up to, not including, `stop`."""
+        return self._with(self.table.slice(start, max(0, stop - start)))
+
+    def take(self, indices: Sequence[int]) -> Manifest:
+        """The rows at `indices`, in that order."""
+        import pyarrow as pa
+
+        return self._with(self.table.take(pa.array(indices, type=pa.int64())))
+
+    def usable(self) -> Manifest:
+        """The rows whose file is a readable image."""
+        import pyarrow.compute as pc
+
+        return self._with(self.table.filter(pc.equal(self.table.column("status"), "ok")))
+
+    def paths(self) -> list[str]:
+        """Absolute path of every row's file."""
+        root = Path(self.root).absolute()
+        return [str(root / key) for key in self.column("key")]
+
+    def class_indices(self, class_names: Sequence[str]) -> list[int]:
+        """Each row's place in `class_names`; ClassMismatch when a row has a class that is not there, or none."""
+        index = {name: i for i, name in enumerate(class_names)}
+        labels = self.column("class_name")
+        foreign = sorted({str(name) for name in labels if name not in index})
+        if foreign:
+            raise ClassMismatch(
+                f"classes {', '.join(foreign[:10])} are not among the {len(index)} known: {', '.join(list(index)[:10])}",
+                unknown=foreign,
+                known=list(index),
+            )
+        return [index[name] for name in labels]
+
+    def digest(self) -> str:
+        """SHA-256, hex, over kind, classes and all rows; the same wherever the images lie."""
+        running = hashlib.sha256(json.dumps([self.kind, self.class_names]).encode())
+        for name in COLUMNS:
+            column = self.table.column(name)
+            for start in range(0, len(self), _DIGEST_ROWS):
+                running.update(json.dumps(column.slice(start, _DIGEST_ROWS).to_pylist()).encode())
+        return running.hexdigest()
+
+    def unlabeled(self) -> Manifest:
+        """The same images as a pool: their classes forgotten."""
+        import pyarrow as pa
+
+        at = COLUMNS.index("class_name")
+        return Manifest(self.root, "unlabeled", (), self.table.set_column(at, "class_name", pa.nulls(len(self), pa.string())))
+
+    def as_kind(self, kind: Kind) -> Manifest:
+        """The same rows under another kind."""
+        return self.unlabeled() if kind == "unlabeled" else Manifest(self.root, kind, self.class_names, self.table)
+
+    def _with(self, table: pa.Table) -> Manifest:
+        return Manifest(self.root, self.kind, self.class_names, table)
+
+
+def split_validation(manifest: Manifest, ratio: float, seed: int) -> tuple[Manifest, Manifest]:
+    """Cut `ratio` of each class's usable images off for validation: (training, validation).
+
+    An image's side depends on the seed and its pixels only, so equal pixels never sit on both. Every class keeps at least
+    one image on either side; TooFewLabels when a class has fewer than two different ones.
+    """
+    parts = split(manifest, {"validation": ratio, "training": 1 - ratio}, seed)
+    return parts["training"], parts["validation"]
+
+
+def split(manifest: Manifest, shares: Mapping[str, float], seed: int) -> dict[str, Manifest]:
+    """Cut the usable images of each class into named parts of about these shares; what is left beyond their sum is in none.
+
+    Equal pixels stay together. Every part has an image of every class; TooFewLabels when a class has too few for that.
+    """
+    if not shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
+        raise DataError(f"shares {dict(shares)} must each be above 0 and at most 1 together")
+    usable = manifest.usable()
+    part_of: dict[str, str] = {}
+    members: dict[str, list[int]] = {name: [] for name in shares}
+    rows_of_class: dict[str, list[int]] = {}
+    for row, name in enumerate(usable.column("class_name")):
+        rows_of_class.setdefault(str(name), []).append(row)
+    pixels = usable.column("pixel_digest")
+    for class_name in sorted(rows_of_class):
+        cut = _cut_class(class_name, rows_of_class[class_name], pixels, shares, seed)
+        for part, rows in cut.items():
+            for row in rows:
+                # Pixels that stand under two classes go where the first class put them: no digest in two parts.
+                members[part_of.setdefault(pixels[row], part)].append(row)
+    parts = {part: usable.take(sorted(rows)) for part, rows in members.items()}
+    for part, of_part in parts.items():
+        missing = sorted(set(rows_of_class) - {str(name) for name in of_part.column("class_name")})
+        if missing:
+            raise TooFewLabels(f"the {part} part would have no image of {', '.join(missing[:10])}", part=part, classes=missing)
+    return parts
+
+
+def _cut_class(class_name: str, rows: list[int], pixels: list[str], shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    key = seed.to_bytes(8, "little")
+
+    def place(row: int) -> tuple[bytes, str]:
+        return hashlib.blake2b(pixels[row].encode(), digest_size=8, key=key).digest(), pixels[row]
+
+    groups = [list(group) for _, group in groupby(sorted(rows, key=place), key=place)]
+    if len(groups) < len(shares):
+        raise TooFewLabels(
+            f"class {class_name!r} has {len(groups)} different usable images; {len(shares)} are needed, one for each of {', '.join(shares)}",
+            class_name=class_name,
+            num_images=len(groups),
+        )
+    cut: dict[str, list[int]] = {}
+    done = position = 0
+    wanted = 0.0
+    for number, (part, share) in enumerate(shares.items()):
+        wanted += share * len(rows)
+        taken: list[int] = []
+        left_for_others = len(shares) - number - 1
+        while position < len(groups) - left_for_others and (not taken or done + len(groups[position]) / 2 <= wanted):
+            taken += groups[position]
+            done += len(groups[position])
+            position += 1
+        cut[part] = taken
+    return cut

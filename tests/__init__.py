@@ -1,0 +1,1 @@
+"""Facts about every room, and about the rooms together."""
