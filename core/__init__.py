@@ -1,0 +1,1 @@
+"""What server, workers and cli share: rules, rows, files, queue. No web, no tensors."""

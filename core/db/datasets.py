@@ -1,0 +1,128 @@
+"""Datasets and their immutable versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core.db.files import name_files
+from core.db.jobs import NewJob, enqueue
+from core.db.session import now
+from core.db.tables import Dataset, DatasetVersion, Job
+from core.errors import AlreadyExists, FolderRefused, InvalidRequest, NotFound, NotReady
+from core.ids import new_id
+
+
+def check_folder(folder: str, roots: tuple[Path, ...]) -> Path:
+    """Resolve a folder that a request names; FolderRefused unless it is a directory below a root, links followed."""
+    path = Path(folder)
+    if not path.is_absolute():
+        raise FolderRefused(f"folder {folder!r} must be an absolute path", pointer="/source/folder")
+    path = path.resolve()
+    if not any(path == root or root in path.parents for root in roots):
+        allowed = ", ".join(str(root) for root in roots)
+        raise FolderRefused(f"folder {folder!r} lies outside the configured roots ({allowed})", pointer="/source/folder", roots=allowed)
+    if not path.is_dir():
+        raise FolderRefused(f"folder {folder!r} does not exist or is not a folder", pointer="/source/folder")
+    return path
+
+
+def create_dataset(session: Session, *, name: str, kind: str) -> Dataset:
+    """Insert a dataset without versions; AlreadyExists when the name is taken."""
+    if session.scalar(sa.select(Dataset.id).where(Dataset.name == name)) is not None:
+        raise AlreadyExists(f"a dataset named {name!r} exists; add a version to it, or choose another name", pointer="/name")
+    dataset = Dataset(id=new_id("dataset"), name=name, kind=kind, created_at=now(session))
+    session.add(dataset)
+    session.flush()
+    return dataset
+
+
+def add_version(session: Session, dataset: Dataset, *, source: dict[str, Any], ingest: bool = True) -> tuple[DatasetVersion, Job | None]:
+    """Insert the dataset's next version as pending, and the job that reads its source (unless another job will fill it)."""
+    number = session.scalar(
+        sa.select(sa.func.coalesce(sa.func.max(DatasetVersion.number), 0)).where(DatasetVersion.dataset_id == dataset.id)
+    )
+    version = DatasetVersion(
+        id=new_id("dataset_version"),
+        dataset_id=dataset.id,
+        number=(number or 0) + 1,
+        status="pending",
+        source=source,
+        created_at=now(session),
+    )
+    session.add(version)
+    session.flush()
+    if not ingest:
+        return version, None
+    wanted = NewJob(kind="ingest", input={"version_id": version.id, "kind": dataset.kind, "folder": source["folder"]})
+    version.job_id = wanted.id
+    [job] = enqueue(session, [wanted])
+    return version, job
+
+
+def get_dataset(session: Session, dataset_id: str) -> Dataset:
+    """By id or by name; NotFound when there is none."""
+    dataset = session.get(Dataset, dataset_id) or session.scalar(sa.select(Dataset).where(Dataset.name == dataset_id))
+    if dataset is None:
+        raise NotFound(f"there is no dataset {dataset_id!r}")
+    return dataset
+
+
+def get_version(session: Session, version_id: str) -> DatasetVersion:
+    """NotFound when there is none."""
+    version = session.get(DatasetVersion, version_id, populate_existing=True)
+    if version is None:
+        raise NotFound(f"there is no dataset version {version_id!r}")
+    return version
+
+
+def find_version(session: Session, reference: str) -> tuple[Dataset, DatasetVersion]:
+    """Resolve `dsv_…`, `NAME` (its latest version) or `NAME:NUMBER`; NotFound when there is none."""
+    if reference.startswith("dsv_"):
+        version = get_version(session, reference)
+        return get_dataset(session, version.dataset_id), version
+    name, _, number = reference.partition(":")
+    dataset = get_dataset(session, name)
+    query = sa.select(DatasetVersion).where(DatasetVersion.dataset_id == dataset.id).order_by(DatasetVersion.number.desc()).limit(1)
+    if number:
+        if not number.isdecimal():
+            raise InvalidRequest(f"dataset {reference!r} must be an id, a name, or NAME:NUMBER")
+        query = query.where(DatasetVersion.number == int(number))
+    found = session.scalar(query)
+    if found is None:
+        raise NotFound(f"dataset {name!r} has no version {number or 'yet'}")
+    return dataset, found
+
+
+def get_ready_version(session: Session, reference: str, *, kind: str, pointer: str) -> DatasetVersion:
+    """A version that a run can use; InvalidRequest for another kind, NotReady while it is being read or after that failed."""
+    dataset, version = find_version(session, reference)
+    if dataset.kind != kind:
+        raise InvalidRequest(f"dataset {reference!r} is {dataset.kind}; {pointer} needs one that is {kind}", pointer=pointer)
+    if version.status != "ready":
+        raise NotReady(
+            f"dataset {reference!r} version {version.number} is {version.status}; see job {version.job_id}",
+            pointer=pointer,
+            job_id=version.job_id,
+        )
+    return version
+
+
+def finish_version(session: Session, version_id: str, *, manifest: dict[str, Any], report: dict[str, Any]) -> None:
+    """Make the version ready. `manifest`: digest, num_bytes, num_images, num_usable, class_names."""
+    version = get_version(session, version_id)
+    version.status = "ready"
+    version.manifest_digest = manifest["digest"]
+    version.num_images = manifest["num_images"]
+    version.num_usable = manifest["num_usable"]
+    version.class_names = manifest["class_names"]
+    version.report = report
+    name_files(session, version_id, {"manifest.parquet": {"digest": manifest["digest"], "num_bytes": manifest["num_bytes"]}})
+
+
+def fail_version(session: Session, version_id: str) -> None:
+    """Mark the version failed; its job holds the error."""
+    get_version(session, version_id).status = "failed"

@@ -1,0 +1,60 @@
+"""Events: appended in the transaction of what they tell, numbered without gaps per job and per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core.db.tables import Event, Job, Run
+
+
+def append_events(session: Session, job: Job, items: Sequence[tuple[str, dict[str, Any]]], *, at: datetime) -> None:
+    """Append (kind, data) pairs to the job's stream, and to its run's.
+
+    The counters live in the job and run rows and are raised in one UPDATE each, whose row lock makes the numbers gap-free.
+    """
+    if not items:
+        return
+    number = session.execute(
+        sa.update(Job).where(Job.id == job.id).values(num_events=Job.num_events + len(items)).returning(Job.num_events)
+    ).scalar_one() - len(items)
+    run_number: int | None = None
+    if job.run_id is not None:
+        run_number = session.execute(
+            sa.update(Run).where(Run.id == job.run_id).values(num_events=Run.num_events + len(items)).returning(Run.num_events)
+        ).scalar_one() - len(items)
+    rows = [
+        {
+            "job_id": job.id,
+            "number": number + offset,
+            "run_id": job.run_id,
+            "run_number": None if run_number is None else run_number + offset,
+            "attempt": job.attempt,
+            "kind": kind,
+            "data": data,
+            "at": at,
+        }
+        for offset, (kind, data) in enumerate(items, start=1)
+    ]
+    session.execute(sa.insert(Event), rows)
+
+
+def list_job_events(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:
+    """The job's events numbered above `after`, in order."""
+    return list(session.scalars(sa.select(Event).where(Event.job_id == job_id, Event.number > after).order_by(Event.number).limit(limit)))
+
+
+def list_run_events(session: Session, run_id: str, *, after: int, limit: int) -> list[Event]:
+    """The run's events numbered above `after` in the run's own count, in order."""
+    query = sa.select(Event).where(Event.run_id == run_id, Event.run_number > after).order_by(Event.run_number).limit(limit)
+    return list(session.scalars(query))
+
+
+def list_metrics(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:
+    """The job's metric points numbered above `after`, in order."""
+    query = sa.select(Event).where(Event.job_id == job_id, Event.kind == "metric", Event.number > after)
+    return list(session.scalars(query.order_by(Event.number).limit(limit)))

@@ -1,0 +1,37 @@
+"""Who needs which stored file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core.db.tables import StoredFile
+
+
+def name_files(session: Session, owner_id: str, files: dict[str, dict[str, Any]]) -> None:
+    """Record that `owner_id` needs these files: name → {digest, num_bytes}. Naming the same ones again changes nothing."""
+    present = {row.name for row in list_files(session, owner_id)}
+    rows = [
+        {"owner_id": owner_id, "name": name, "digest": facts["digest"], "num_bytes": facts["num_bytes"]}
+        for name, facts in files.items()
+        if name not in present
+    ]
+    if rows:
+        session.execute(sa.insert(StoredFile), rows)
+
+
+def list_files(session: Session, owner_id: str) -> list[StoredFile]:
+    """The files of one owner by name."""
+    return list(session.scalars(sa.select(StoredFile).where(StoredFile.owner_id == owner_id).order_by(StoredFile.name)))
+
+
+def forget_files(session: Session, owner_id: str) -> None:
+    """The owner is gone; housekeeping removes what nobody else names."""
+    session.execute(sa.delete(StoredFile).where(StoredFile.owner_id == owner_id))
+
+
+def find_named_digests(session: Session, digests: list[str]) -> set[str]:
+    """Which of these digests some row names."""
+    return set(session.scalars(sa.select(StoredFile.digest).where(StoredFile.digest.in_(digests))))

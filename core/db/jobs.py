@@ -1,0 +1,291 @@
+"""Jobs: accept, claim, keep, finish, lose. Each move is one UPDATE whose WHERE says from where it may come.
+
+Every write of a result carries the token of its claim, so a worker that was given up on cannot overwrite its successor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core import lifecycle
+from core.db.events import append_events
+from core.db.session import now
+from core.db.tables import Iteration, Job, OutboxMessage, Run, Worker
+from core.errors import NotFound, WrongState
+from core.ids import new_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewJob:
+    """What a caller says of a job that it wants."""
+
+    kind: str
+    input: dict[str, Any]
+    capability: str = "cpu"
+    priority: int = 0
+    max_attempts: int = 4
+    run_id: str | None = None
+    iteration: int | None = None
+    step: str | None = None
+    part: int | None = None
+    pseudo_label_set_id: str | None = None
+    generation_id: str | None = None
+    id: str = field(default_factory=lambda: new_id("job"))
+
+
+def enqueue(session: Session, wanted: Sequence[NewJob]) -> list[Job]:
+    """Insert jobs as queued, each with its first event and its hint, in the caller's transaction."""
+    moment = now(session)
+    jobs = []
+    for one in wanted:
+        values = {name: getattr(one, name) for name in NewJob.__dataclass_fields__}
+        jobs.append(Job(**values, status="queued", attempt=0, token=0, lost_attempts=0, num_events=0, created_at=moment))
+    session.add_all(jobs)
+    session.flush()
+    for job in jobs:
+        append_events(session, job, [("queued", {"kind": job.kind, "step": job.step, "part": job.part})], at=moment)
+        _hint(session, job, moment)
+    session.flush()
+    return jobs
+
+
+def _hint(session: Session, job: Job, moment: datetime) -> None:
+    session.add(OutboxMessage(job_id=job.id, queue=job.capability, created_at=moment))
+
+
+def get_job(session: Session, job_id: str) -> Job:
+    """The job as the database has it now; NotFound when there is none."""
+    job = session.get(Job, job_id, populate_existing=True)
+    if job is None:
+        raise NotFound(f"there is no job {job_id}")
+    return job
+
+
+def claim(
+    session: Session,
+    *,
+    holder: str,
+    capabilities: Sequence[str],
+    lease_seconds: float,
+    job_id: str | None = None,
+    pseudo_label_set_id: str | None = None,
+) -> Job | None:
+    """Take a queued job for `holder`; None when there is none to take.
+
+    One UPDATE decides. The broker may hand the same message to two workers, so the row says who works, never the message.
+    `job_id` asks for that job only; `pseudo_label_set_id` for further shards of that set only. Jobs of a paused run wait.
+    """
+    moment = now(session)
+    waiting = (
+        sa.select(Job.id)
+        .outerjoin(Run, Run.id == Job.run_id)
+        .where(
+            Job.status == "queued",
+            Job.capability.in_(list(capabilities)),
+            sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
+            sa.or_(Run.id.is_(None), Run.status == "active"),
+        )
+        .order_by(Job.priority.desc(), Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=Job)
+    )
+    if job_id is not None:
+        waiting = waiting.where(Job.id == job_id)
+    if pseudo_label_set_id is not None:
+        waiting = waiting.where(Job.pseudo_label_set_id == pseudo_label_set_id, Job.kind == "label")
+    job = session.scalars(
+        sa.update(Job)
+        .where(Job.id == waiting.scalar_subquery(), Job.status == "queued")
+        .values(
+            status="running",
+            attempt=Job.attempt + 1,
+            token=Job.token + 1,
+            lease_holder=holder,
+            lease_until=moment + timedelta(seconds=lease_seconds),
+            started_at=sa.func.coalesce(Job.started_at, moment),
+            progress=sa.null(),
+        )
+        .returning(Job)
+        .execution_options(synchronize_session=False, populate_existing=True)
+    ).one_or_none()
+    if job is not None:
+        append_events(session, job, [("started", {"attempt": job.attempt, "worker": holder, "token": job.token})], at=moment)
+    return job
+
+
+def heartbeat(session: Session, job_id: str, *, token: int, lease_seconds: float, progress: dict[str, Any] | None) -> Job | None:
+    """Keep the lease and store the latest progress; None when fenced: another attempt has the job, or it is over."""
+    values: dict[str, Any] = {"lease_until": now(session) + timedelta(seconds=lease_seconds)}
+    if progress is not None:
+        values["progress"] = progress
+    return _update_held(session, job_id, token, values)
+
+
+def _update_held(session: Session, job_id: str, token: int, values: dict[str, Any]) -> Job | None:
+    """One UPDATE on the running job that this token holds; None when it holds it no more."""
+    query = sa.update(Job).where(Job.id == job_id, Job.token == token, Job.status == "running").values(**values).returning(Job)
+    return session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
+
+
+def report(session: Session, job_id: str, *, token: int, items: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+    """Append what a running attempt says; False when fenced, and then nothing is written."""
+    job = _update_held(session, job_id, token, {"lease_holder": Job.lease_holder})
+    if job is None:
+        return False
+    append_events(session, job, items, at=now(session))
+    return True
+
+
+def succeed(session: Session, job_id: str, *, token: int, result: dict[str, Any]) -> Job | None:
+    """Finish the job with its result; None when fenced. A cancel that came too late is dropped, and said so in the event."""
+    moment = now(session)
+    job = _update_held(session, job_id, token, {"status": "succeeded", "result": result, "error": sa.null(), **_released(moment)})
+    if job is not None:
+        append_events(session, job, [("succeeded", {"cancel_came_too_late": job.cancel_requested_at is not None})], at=moment)
+    return job
+
+
+def _released(finished: datetime | None) -> dict[str, Any]:
+    return {"lease_holder": None, "lease_until": None, "finished_at": finished}
+
+
+def fail(session: Session, job_id: str, *, token: int, error: dict[str, Any], backoff_seconds: float) -> Job | None:
+    """End the attempt with an error: queued again when its class allows another try, else failed. None when fenced.
+
+    `error` holds `class` (lifecycle.ERROR_CLASSES), `code`, `message`, optional `step`. The same code at the same step twice ends the
+    retries; `resource` allows one retry, with half the micro-batch.
+    """
+    job = get_job(session, job_id)
+    before = job.error or {}
+    same = bool(before) and (before.get("code"), before.get("step")) == (error.get("code"), error.get("step"))
+    lost = job.lost_attempts + 1
+    again = error["class"] == "retryable" and not (same and error.get("step") is not None) and lost < job.max_attempts
+    if error["class"] == "resource":
+        again = before.get("class") != "resource"
+    return _end_attempt(session, job_id, token, error, again=again, lost=lost, backoff_seconds=backoff_seconds)
+
+
+def _end_attempt(
+    session: Session, job_id: str, token: int, error: dict[str, Any], *, again: bool, lost: int, backoff_seconds: float
+) -> Job | None:
+    moment = now(session)
+    values: dict[str, Any] = {"error": error, "lost_attempts": lost, **_released(None if again else moment)}
+    if again:
+        values |= {"status": "queued", "not_before": moment + timedelta(seconds=backoff_seconds * 2 ** (lost - 1)), "hinted_at": None}
+    else:
+        values |= {"status": "failed"}
+    job = _update_held(session, job_id, token, values)
+    if job is None:
+        return None
+    kind = "retrying" if again else "failed"
+    append_events(session, job, [(kind, {"error": error, "lost_attempts": lost})], at=moment)
+    if again:
+        _hint(session, job, moment)
+    return job
+
+
+def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) -> list[Job]:
+    """Take jobs back whose lease ran out: queued again, or failed after `max_attempts`."""
+    moment = now(session)
+    query = sa.select(Job.id, Job.token, Job.lost_attempts, Job.max_attempts, Job.lease_holder)
+    rows = session.execute(query.where(Job.status == "running", Job.lease_until < moment).limit(limit)).all()
+    ended = []
+    for job_id, token, lost, max_attempts, holder in rows:
+        error = {"class": "retryable", "code": "attempt.lost", "message": f"worker {holder} stopped answering; its lease ran out"}
+        job = _end_attempt(session, job_id, token, error, again=lost + 1 < max_attempts, lost=lost + 1, backoff_seconds=backoff_seconds)
+        if job is not None:
+            ended.append(job)
+    return ended
+
+
+def interrupt(session: Session, job_id: str, *, token: int, reason: str) -> Job | None:
+    """Give a healthy job back to the queue; costs no attempt. None when fenced."""
+    moment = now(session)
+    job = _update_held(session, job_id, token, {"status": "queued", "not_before": None, "hinted_at": None, **_released(None)})
+    if job is not None:
+        append_events(session, job, [("interrupted", {"reason": reason})], at=moment)
+        _hint(session, job, moment)
+    return job
+
+
+def release_dead_holder(session: Session, holder: str) -> list[Job]:
+    """Give back every job that a worker known to be dead still holds, at no cost: `up` does this for its own predecessor."""
+    rows = session.execute(sa.select(Job.id, Job.token).where(Job.status == "running", Job.lease_holder == holder)).all()
+    given_back = [interrupt(session, job_id, token=token, reason="worker.died") for job_id, token in rows]
+    session.execute(sa.update(Worker).where(Worker.name == holder).values(stopped_at=now(session)))
+    return [job for job in given_back if job is not None]
+
+
+def request_cancel(session: Session, job_id: str) -> Job:
+    """Wish the job canceled: at once when it waits, at its next heartbeat when it runs, a no-op when it was asked before.
+
+    WrongState when it already succeeded or failed.
+    """
+    moment = now(session)
+    waiting = (
+        sa.update(Job)
+        .where(Job.id == job_id, Job.status == "queued")
+        .values(status="canceled", cancel_requested_at=moment, finished_at=moment)
+    )
+    job = session.scalars(waiting.returning(Job).execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
+    if job is not None:
+        append_events(session, job, [("canceled", {"while": "queued"})], at=moment)
+        return job
+    running = (
+        sa.update(Job)
+        .where(Job.id == job_id, Job.status == "running", Job.cancel_requested_at.is_(None))
+        .values(cancel_requested_at=moment)
+    )
+    job = session.scalars(running.returning(Job).execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
+    if job is not None:
+        append_events(session, job, [("cancel_requested", {})], at=moment)
+        return job
+    job = get_job(session, job_id)
+    if job.status in ("succeeded", "failed"):
+        raise WrongState(f"job {job_id} already {job.status}; only a queued or running job can be canceled", status=job.status)
+    return job
+
+
+def cancel_held(session: Session, job_id: str, *, token: int) -> Job | None:
+    """Finish a running job whose cancel was wished and whose attempt has ended. None when fenced."""
+    moment = now(session)
+    job = _update_held(session, job_id, token, {"status": "canceled", **_released(moment)})
+    if job is not None:
+        append_events(session, job, [("canceled", {"while": "running"})], at=moment)
+    return job
+
+
+def retry(session: Session, job_id: str) -> Job:
+    """Queue a failed or canceled job again, with fresh attempts; it continues from its last checkpoint. WrongState otherwise."""
+    moment = now(session)
+    sources = lifecycle.sources_of({k: v for k, v in lifecycle.JOB_MOVES.items() if k in lifecycle.JOB_TERMINAL}, "queued")
+    query = sa.update(Job).where(Job.id == job_id, Job.status.in_(sources))
+    values = {
+        "status": "queued",
+        "lost_attempts": 0,
+        "error": sa.null(),
+        "cancel_requested_at": None,
+        "not_before": None,
+        "finished_at": None,
+    }
+    job = session.scalars(
+        query.values(**values).returning(Job).execution_options(synchronize_session=False, populate_existing=True)
+    ).one_or_none()
+    if job is None:
+        status = get_job(session, job_id).status
+        raise WrongState(f"job {job_id} is {status}; only a failed or canceled job can be retried", status=status)
+    append_events(session, job, [("queued", {"kind": job.kind, "step": job.step, "part": job.part, "retry": True})], at=moment)
+    _hint(session, job, moment)
+    return job
+
+
+def set_phase(session: Session, job: Job, phase: str) -> None:
+    """Tell the iteration in which phase its running job is."""
+    query = sa.update(Iteration).where(Iteration.run_id == job.run_id, Iteration.number == job.iteration)
+    session.execute(query.where(Iteration.phase.not_in(lifecycle.PHASE_TERMINAL)).values(phase=phase))

@@ -1,0 +1,129 @@
+"""Pseudo-label sets: one labeling job a shard, then one selection job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core.db.files import name_files
+from core.db.jobs import NewJob, enqueue
+from core.db.session import now
+from core.db.tables import Job, PseudoLabelSet
+from core.errors import NotFound
+from core.ids import new_id
+
+
+def create_set(
+    session: Session,
+    *,
+    generation_id: str,
+    unlabeled_version_id: str,
+    num_images: int,
+    labeling: dict[str, Any],
+    selection: dict[str, Any],
+    seed: int,
+    capability: str,
+    runtime: dict[str, Any],
+    evaluation_version_ids: list[str],
+    run_id: str | None = None,
+    iteration: int | None = None,
+    selection_generation_id: str | None = None,
+    keep_keys_of_set_id: str | None = None,
+    priority: int = 0,
+) -> tuple[PseudoLabelSet, list[Job]]:
+    """Insert the set and a labeling job for each shard (twice as many with a separate selection model)."""
+    shard_size = labeling["shard_size"]
+    starts = range(0, num_images, shard_size)
+    row = PseudoLabelSet(
+        id=new_id("pseudo_label_set"),
+        status="labeling",
+        run_id=run_id,
+        iteration=iteration,
+        generation_id=generation_id,
+        selection_generation_id=selection_generation_id,
+        unlabeled_version_id=unlabeled_version_id,
+        labeling=labeling,
+        selection=selection | {"evaluation_version_ids": evaluation_version_ids, "keep_keys_of_set_id": keep_keys_of_set_id},
+        seed=seed,
+        num_shards=len(starts),
+        num_images=num_images,
+        created_at=now(session),
+    )
+    session.add(row)
+    session.flush()
+    wanted: list[NewJob] = []
+    for purpose, labeler in (("label", generation_id), ("select", selection_generation_id)):
+        if labeler is None:
+            continue
+        for start in starts:
+            job_input = {
+                "generation_id": labeler,
+                "version_id": unlabeled_version_id,
+                "start": start,
+                "stop": min(start + shard_size, num_images),
+                "labeling": labeling,
+                "runtime": runtime,
+                "purpose": purpose,
+            }
+            wanted.append(
+                NewJob(
+                    kind="label",
+                    input=job_input,
+                    capability=capability,
+                    priority=priority,
+                    run_id=run_id,
+                    iteration=iteration,
+                    step="label" if run_id else None,
+                    part=len(wanted) if run_id else None,
+                    pseudo_label_set_id=row.id,
+                )
+            )
+    return row, enqueue(session, wanted)
+
+
+def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
+    """All shards are labeled: insert the job that selects, and say so in the set."""
+    row.status = "selecting"
+    wanted = NewJob(
+        kind="select",
+        input={"pseudo_label_set_id": row.id},
+        run_id=row.run_id,
+        iteration=row.iteration,
+        step="select" if row.run_id else None,
+        part=0 if row.run_id else None,
+        pseudo_label_set_id=row.id,
+    )
+    [job] = enqueue(session, [wanted])
+    return job
+
+
+def count_label_jobs(session: Session, set_id: str) -> dict[str, int]:
+    """How many of the set's labeling jobs have each status."""
+    query = sa.select(Job.status, sa.func.count()).where(Job.pseudo_label_set_id == set_id, Job.kind == "label").group_by(Job.status)
+    return dict(session.execute(query).tuples().all())
+
+
+def list_shards(session: Session, set_id: str, *, purpose: str) -> list[Job]:
+    """The set's finished labeling jobs of one purpose (`label` or `select`), in the order of their images."""
+    query = sa.select(Job).where(Job.pseudo_label_set_id == set_id, Job.kind == "label", Job.status == "succeeded")
+    jobs = [job for job in session.scalars(query) if job.input["purpose"] == purpose]
+    return sorted(jobs, key=lambda job: int(job.input["start"]))
+
+
+def get_set(session: Session, set_id: str) -> PseudoLabelSet:
+    """NotFound when there is none."""
+    row = session.get(PseudoLabelSet, set_id, populate_existing=True)
+    if row is None:
+        raise NotFound(f"there is no pseudo-label set {set_id!r}")
+    return row
+
+
+def finish_set(session: Session, set_id: str, *, files: dict[str, dict[str, Any]], report: dict[str, Any]) -> None:
+    """Selection succeeded: the set can be read and trained on. `files`: selected.parquet, and items.parquet with every guess."""
+    row = get_set(session, set_id)
+    row.status = "ready"
+    row.report = report
+    row.finished_at = now(session)
+    name_files(session, set_id, files)

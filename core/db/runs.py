@@ -1,0 +1,180 @@
+"""Runs and their iterations: the rows that the API writes and the iteration controller moves on.
+
+A recipe is JSON here; whoever calls has validated it through ml.config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core import lifecycle
+from core.db.jobs import NewJob, enqueue
+from core.db.pseudo_labels import create_set
+from core.db.session import now
+from core.db.tables import DatasetVersion, Iteration, Job, Run
+from core.errors import NotFound, WrongState
+from core.ids import new_id
+
+
+def create_run(
+    session: Session,
+    *,
+    name: str,
+    recipe: dict[str, Any],
+    iterations: int,
+    labeled: DatasetVersion,
+    unlabeled: DatasetVersion,
+    validation: DatasetVersion | None,
+    test: DatasetVersion | None,
+    initial_generation_id: str | None,
+) -> tuple[Run, Job | None]:
+    """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
+    moment = now(session)
+    run = Run(
+        id=new_id("run"),
+        name=name,
+        status="active",
+        recipe=recipe,
+        iterations_wanted=iterations,
+        labeled_version_id=labeled.id,
+        unlabeled_version_id=unlabeled.id,
+        validation_version_id=validation.id if validation else None,
+        test_version_id=test.id if test else None,
+        initial_generation_id=initial_generation_id,
+        num_events=0,
+        created_at=moment,
+        updated_at=moment,
+    )
+    session.add(run)
+    session.flush()
+    iteration = Iteration(id=new_id("iteration"), run_id=run.id, number=0, phase="training", plan={}, created_at=moment)
+    session.add(iteration)
+    if initial_generation_id is not None:
+        iteration.phase, iteration.generation_id, iteration.finished_at = "done", initial_generation_id, moment
+        session.flush()
+        return run, None
+    session.flush()
+    return run, enqueue_training(session, run, iteration, role="teacher")
+
+
+def run_capability(run: Run) -> str:
+    """The queue of the run's heavy jobs: what its recorded runtime used, else what its recipe asks for."""
+    device = (run.runtime or run.recipe["runtime"])["device"]
+    return "cuda" if device == "cuda" else "cpu"
+
+
+def enqueue_training(session: Session, run: Run, iteration: Iteration, *, role: str) -> Job:
+    """Insert the training job of one role (teacher, student, control) of an iteration."""
+    job_input: dict[str, Any] = {
+        "role": role,
+        "student": iteration.plan.get("student"),
+        "teacher_generation_id": iteration.teacher_generation_id,
+        "pseudo_label_set_id": iteration.pseudo_label_set_id if role == "student" else None,
+        "unlabeled_version_id": iteration.unlabeled_version_id,
+    }
+    wanted = NewJob(
+        kind="train",
+        input=job_input,
+        capability=run_capability(run),
+        run_id=run.id,
+        iteration=iteration.number,
+        step=f"train-{role}",
+        part=0,
+        generation_id=new_id("generation"),
+        # The student leads to the next iteration; its control only reports.
+        priority=-1 if role == "control" else 0,
+    )
+    [job] = enqueue(session, [wanted])
+    return job
+
+
+def start_iteration(
+    session: Session,
+    run: Run,
+    *,
+    plan: dict[str, Any],
+    teacher_generation_id: str,
+    unlabeled: DatasetVersion,
+    keep_keys_of_set_id: str | None = None,
+) -> tuple[Iteration, list[Job]]:
+    """Insert the next iteration, its pseudo-label set and every labeling job. `plan`: student, control (bool), warnings."""
+    number = last_iteration(session, run.id).number + 1
+    recipe = run.recipe
+    evaluation = [version for version in (run.validation_version_id, run.test_version_id) if version]
+    selection_model = recipe["labeling"].get("selection_model")
+    row, jobs = create_set(
+        session,
+        generation_id=teacher_generation_id,
+        unlabeled_version_id=unlabeled.id,
+        num_images=unlabeled.num_images or 0,
+        labeling=recipe["labeling"],
+        selection=recipe["selection"],
+        seed=recipe["seed"],
+        capability=run_capability(run),
+        runtime=run.runtime or recipe["runtime"],
+        evaluation_version_ids=evaluation,
+        run_id=run.id,
+        iteration=number,
+        selection_generation_id=selection_model.removeprefix("generation:") if selection_model else None,
+        keep_keys_of_set_id=keep_keys_of_set_id,
+    )
+    iteration = Iteration(
+        id=new_id("iteration"),
+        run_id=run.id,
+        number=number,
+        phase="labeling",
+        plan=plan,
+        teacher_generation_id=teacher_generation_id,
+        pseudo_label_set_id=row.id,
+        unlabeled_version_id=unlabeled.id,
+        created_at=now(session),
+    )
+    session.add(iteration)
+    session.flush()
+    return iteration, jobs
+
+
+def get_run(session: Session, run_id: str) -> Run:
+    """NotFound when there is none."""
+    run = session.get(Run, run_id, populate_existing=True)
+    if run is None:
+        raise NotFound(f"there is no run {run_id!r}")
+    return run
+
+
+def list_iterations(session: Session, run_id: str) -> list[Iteration]:
+    """The run's iterations, 0 first."""
+    return list(session.scalars(sa.select(Iteration).where(Iteration.run_id == run_id).order_by(Iteration.number)))
+
+
+def last_iteration(session: Session, run_id: str) -> Iteration:
+    """The run's newest iteration; every run has iteration 0."""
+    return session.scalars(sa.select(Iteration).where(Iteration.run_id == run_id).order_by(Iteration.number.desc()).limit(1)).one()
+
+
+def move_run(session: Session, run_id: str, new: str, *, error: dict[str, Any] | None = None, stop_reason: str | None = None) -> Run:
+    """Change the run's status in one UPDATE; a no-op when it has it already, WrongState when the table forbids the move."""
+    sources = lifecycle.sources_of(lifecycle.RUN_MOVES, new)
+    values: dict[str, Any] = {
+        "status": new,
+        "updated_at": now(session),
+        "error": sa.null() if error is None else error,
+        "stop_reason": stop_reason,
+    }
+    query = sa.update(Run).where(Run.id == run_id, Run.status.in_(sources)).values(**values).returning(Run)
+    moved = session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
+    if moved is not None:
+        return moved
+    run = get_run(session, run_id)
+    if run.status != new:
+        raise WrongState(f"run {run_id} is {run.status} and cannot become {new}", status=run.status)
+    return run
+
+
+def list_open_jobs(session: Session, run_id: str) -> list[Job]:
+    """The run's jobs that are queued or running."""
+    query = sa.select(Job).where(Job.run_id == run_id, Job.status.in_(("queued", "running"))).order_by(Job.id)
+    return list(session.scalars(query))

@@ -1,0 +1,83 @@
+"""The one place that opens the database and commits.
+
+SQLite gets two engines: a deferred transaction that reads and then writes fails at once with "locked" whatever the timeout, and
+BEGIN IMMEDIATE makes reads take the write lock. PostgreSQL uses one engine for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+BUSY_TIMEOUT_SECONDS = 30
+
+
+class Database:
+    """Opened once a process; `transaction()` writes, `reading()` reads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = url.startswith("sqlite")
+        if self.is_sqlite:
+            self._writing = _sqlite_engine(url, begin="BEGIN IMMEDIATE")
+            self._reading = _sqlite_engine(url, begin="BEGIN DEFERRED")
+        else:
+            self._writing = self._reading = sa.create_engine(
+                url,
+                pool_pre_ping=True,
+                pool_size=10,
+                max_overflow=30,
+                connect_args={"connect_timeout": 5, "options": "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000"},
+            )
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A session that may write; commits at the end of the block, rolls back when it raises."""
+        with Session(self._writing, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that only reads, from one snapshot on SQLite."""
+        with Session(self._reading, expire_on_commit=False, autoflush=False) as session:
+            yield session
+
+    def engine(self) -> sa.Engine:
+        """The writing engine, for migrations."""
+        return self._writing
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self._writing.dispose()
+        self._reading.dispose()
+
+
+def _sqlite_engine(url: str, *, begin: str) -> sa.Engine:
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False})
+
+    @sa.event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # The driver's own transaction handling would start deferred ones behind our back.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def now(session: Session) -> datetime:
+    """The database's clock: the only one that leases are compared with."""
+    if session.get_bind().dialect.name == "sqlite":
+        text = session.execute(sa.text("SELECT strftime('%Y-%m-%dT%H:%M:%f', 'now')")).scalar_one()
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
+    moment: datetime = session.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+    return moment.astimezone(UTC)

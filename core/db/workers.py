@@ -1,0 +1,102 @@
+"""Workers as they describe themselves, the singleton lease, and the outbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from core.db.session import now
+from core.db.tables import Job, OutboxMessage, SingletonLease, Worker
+from core.ids import new_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerDescription:
+    """What a worker says of itself at its start."""
+
+    name: str
+    host: str
+    boot_id: str
+    pid: int
+    capabilities: tuple[str, ...]
+    slots: int
+    version: str
+
+
+def register_worker(session: Session, description: WorkerDescription) -> Worker:
+    """Insert a row for this process."""
+    moment = now(session)
+    values = {name: getattr(description, name) for name in WorkerDescription.__dataclass_fields__}
+    worker = Worker(id=new_id("worker"), **values | {"capabilities": list(description.capabilities)}, started_at=moment, seen_at=moment)
+    session.add(worker)
+    session.flush()
+    return worker
+
+
+def see_worker(session: Session, worker_id: str, *, stopped: bool = False) -> None:
+    """The worker is alive, or says good-bye."""
+    moment = now(session)
+    values = {"seen_at": moment, "stopped_at": moment} if stopped else {"seen_at": moment}
+    session.execute(sa.update(Worker).where(Worker.id == worker_id).values(**values))
+
+
+def list_workers(session: Session) -> list[Worker]:
+    """Newest first."""
+    return list(session.scalars(sa.select(Worker).order_by(Worker.id.desc()).limit(1000)))
+
+
+def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) -> bool:
+    """Take or keep the lease that only one process may have; False while another has it."""
+    moment = now(session)
+    until = moment + timedelta(seconds=seconds)
+    insert = (sqlite if session.get_bind().dialect.name == "sqlite" else postgresql).insert(SingletonLease)
+    query = insert.values(name=name, holder=holder, until=until).on_conflict_do_update(
+        index_elements=["name"],
+        set_={"holder": holder, "until": until},
+        where=sa.or_(SingletonLease.holder == holder, SingletonLease.until < moment),
+    )
+    return session.execute(query.returning(SingletonLease.holder)).scalar_one_or_none() == holder
+
+
+def release_singleton(session: Session, name: str, *, holder: str) -> None:
+    """Let the next one have it at once."""
+    session.execute(sa.delete(SingletonLease).where(SingletonLease.name == name, SingletonLease.holder == holder))
+
+
+def list_unpublished(session: Session, *, limit: int) -> list[OutboxMessage]:
+    """Hints not yet published, oldest first; locked against other relays on PostgreSQL."""
+    query = sa.select(OutboxMessage).where(OutboxMessage.published_at.is_(None)).order_by(OutboxMessage.id).limit(limit)
+    return list(session.scalars(query.with_for_update(skip_locked=True)))
+
+
+def mark_published(session: Session, ids: list[int]) -> None:
+    """The broker has these hints; the jobs remember when."""
+    moment = now(session)
+    jobs = sa.select(OutboxMessage.job_id).where(OutboxMessage.id.in_(ids))
+    session.execute(sa.update(Job).where(Job.id.in_(jobs)).values(hinted_at=moment).execution_options(synchronize_session=False))
+    session.execute(sa.update(OutboxMessage).where(OutboxMessage.id.in_(ids)).values(published_at=moment))
+
+
+def hint_again(session: Session, *, older_than_seconds: float) -> int:
+    """Write new hints for jobs that were hinted long ago and still wait: their messages were lost. Returns how many."""
+    moment = now(session)
+    old = moment - timedelta(seconds=older_than_seconds)
+    rows = session.execute(
+        sa.select(Job.id, Job.capability)
+        .where(Job.status == "queued", Job.hinted_at < old, sa.or_(Job.not_before.is_(None), Job.not_before <= moment))
+        .limit(500)
+    ).all()
+    for job_id, capability in rows:
+        session.add(OutboxMessage(job_id=job_id, queue=capability, created_at=moment))
+        session.execute(sa.update(Job).where(Job.id == job_id).values(hinted_at=None))
+    return len(rows)
+
+
+def forget_old_messages(session: Session, *, older_than_seconds: float) -> None:
+    """Published hints are of no use later."""
+    old = now(session) - timedelta(seconds=older_than_seconds)
+    session.execute(sa.delete(OutboxMessage).where(OutboxMessage.published_at < old))

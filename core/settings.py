@@ -1,0 +1,118 @@
+"""A process's environment: every setting, its variable `NOISY_STUDENT_<NAME>`, and its default."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from the environment once, at a process's start."""
+
+    model_config = SettingsConfigDict(env_prefix="NOISY_STUDENT_", extra="ignore", use_attribute_docstrings=True)
+
+    data_directory: Path = Path("noisy-student-data")
+    """Where rows (unless `database_url` says otherwise), files and logs live."""
+    database_url: str | None = None
+    """`postgresql://…`; None keeps an SQLite file in the data directory."""
+    redis_url: str | None = None
+    """`redis://…` of the Celery broker; None is the embedded service, whose worker polls the database."""
+    dataset_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Folders below which datasets may lie, separated by `:`; the data directory's `datasets` folder always counts."""
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: int = 8000
+    """Port the API listens on."""
+    require_keys: bool = True
+    """Off is allowed on a loopback address only."""
+    lease_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a silent worker keeps its job; the heartbeat comes four times as often."""
+    poll_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How often a worker looks for jobs without being told; None: 1 embedded, 30 with a broker."""
+    housekeeping_seconds: Annotated[float, Field(gt=0)] = 0.5
+    """How often the holder of the singleton lease relays, sweeps and moves iterations on."""
+    grace_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a stopped attempt may take to write its checkpoint before it is killed."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """An attempt that reports nothing for this long is taken for hung; must cover the longest silent phase."""
+    retry_backoff_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """Pause before the second attempt; doubles with each further one."""
+    max_attempts: Annotated[int, Field(ge=1)] = 4
+    """Attempts a job may lose before it fails; an interrupted one costs none."""
+    slots: Annotated[int, Field(ge=1)] = 1
+    """Attempts a worker runs at a time."""
+    worker_name: str | None = None
+    """Name shown for this worker; None: host and process id."""
+    capabilities: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
+    """What this host can do (`cpu`, `cuda`), separated by `,`."""
+    orphan_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
+    """Age at which a stored file that no row names is removed."""
+    predict_max_bytes: Annotated[int, Field(gt=0)] = 20_000_000
+    """Largest body of one /predict request."""
+    body_max_bytes: Annotated[int, Field(gt=0)] = 1_000_000
+    """Largest body of every other request."""
+    predict_queue: Annotated[int, Field(ge=1)] = 64
+    """Images that may wait for the predictor; one more is answered 503."""
+    predict_threads: Annotated[int, Field(ge=0)] = 0
+    """Threads that decode and predict; 0: one per core."""
+    predict_deadline_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """A request that waited longer is answered 503 instead of late."""
+
+    @field_validator("dataset_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("capabilities", mode="before")
+    @classmethod
+    def _split_capabilities(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @cached_property
+    def resolved_database_url(self) -> str:
+        """The database to open; `postgresql://` means psycopg 3."""
+        if self.database_url is None:
+            return f"sqlite:///{self.data_directory.resolve() / 'noisy-student.sqlite3'}"
+        for short in ("postgresql://", "postgres://"):
+            if self.database_url.startswith(short):
+                return "postgresql+psycopg://" + self.database_url.removeprefix(short)
+        return self.database_url
+
+    @property
+    def resolved_poll_seconds(self) -> float:
+        """How often a worker polls, with the default filled in."""
+        return self.poll_seconds if self.poll_seconds is not None else (1.0 if self.redis_url is None else 30.0)
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Every folder below which a dataset may lie, resolved."""
+        return tuple(path.resolve() for path in (*self.dataset_roots, self.data_directory / "datasets"))
+
+    @property
+    def objects_directory(self) -> Path:
+        """Stored files, named by digest."""
+        return self.data_directory / "objects"
+
+    @property
+    def attempts_directory(self) -> Path:
+        """Working folders and checkpoints of jobs, one folder a job."""
+        return self.data_directory / "jobs"
+
+    @property
+    def cache_directory(self) -> Path:
+        """Folders made from stored files; may be deleted at any time."""
+        return self.data_directory / "cache"
+
+    @property
+    def key_file(self) -> Path:
+        """The first admin key, readable by its owner only; the CLI finds it here by itself."""
+        return self.data_directory / "admin.key"
+
+    @property
+    def service_file(self) -> Path:
+        """Address and process of the running `up`, as JSON; the CLI finds it here by itself."""
+        return self.data_directory / "service.json"

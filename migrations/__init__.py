@@ -1,0 +1,1 @@
+"""Alembic, one thought each, for SQLite and PostgreSQL. Imports alembic and sqlalchemy only."""
