@@ -207,7 +207,7 @@ def _cut_class(class_name: str, rows: list[int], pixels: list[str], shares: Mapp
     groups = [list(group) for _, group in groupby(sorted(rows, key=place), key=place)]
     if len(groups) < len(shares):
         raise TooFewLabels(
-            f"class {class_name!r} has {len(groups)} different usable images; {len(shares)} are needed, one for each of {', '.join(shares)}",
+            f"class {class_name!r} has {len(groups)} different usable images, one each is needed for {', '.join(shares)}",
             class_name=class_name,
             num_images=len(groups),
         )

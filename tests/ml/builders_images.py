@@ -29,16 +29,16 @@ def build_image(number: int = 0, **options: int) -> Image.Image:
     return Image.fromarray(build_pixels(number, **options))
 
 
-def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     """The image file's bytes; `options` are Pillow's for saving."""
     buffer = io.BytesIO()
-    image.save(buffer, format, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-def image_bytes(number: int = 0, format: str = "PNG", **options: int) -> bytes:
+def image_bytes(number: int = 0, file_format: str = "PNG", **options: int) -> bytes:
     """A picture's file."""
-    return encode(build_image(number, **options), format)
+    return encode(build_image(number, **options), file_format)
 
 
 def write_image(path: Path, number: int = 0, **options: int) -> Path:

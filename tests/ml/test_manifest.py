@@ -19,7 +19,7 @@ def build_row(key: str, **fields: Any) -> dict[str, Any]:
         "digest": f"file-{key}",
         "pixel_digest": f"pixels-{key}",
         "perceptual_hash": 2**63 + 5,
-        "class_name": key.split("/")[0] if "/" in key else None,
+        "class_name": key.split("/", maxsplit=1)[0] if "/" in key else None,
         "status": "ok",
         "bytes": 100,
         "width": 32,

@@ -23,9 +23,9 @@ def build_preprocessing(**fields: object) -> Preprocessing:
     return Preprocessing.from_config(ImageConfig(**fields))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_the_four_formats_decode_to_pillows_rgb(format: str) -> None:
-    data = builders.image_bytes(1, format)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_the_four_formats_decode_to_pillows_rgb(file_format: str) -> None:
+    data = builders.image_bytes(1, file_format)
 
     image = decode(data)
 
@@ -118,9 +118,11 @@ def test_flipped_bytes_give_an_image_or_a_bad_image(data: bytes, changes: list[t
         damaged[at % len(damaged)] = value
 
     try:
-        assert decode(bytes(damaged), max_pixels=1_000_000).mode == "RGB"
+        outcome = decode(bytes(damaged), max_pixels=1_000_000).mode
     except BadImage as error:
-        assert error.status in ("undecodable", "unsupported", "too_large")
+        outcome = error.status
+
+    assert outcome in ("RGB", "undecodable", "unsupported", "too_large")
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (31, 97), (500, 375), (33, 64)])
