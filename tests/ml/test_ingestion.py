@@ -94,7 +94,7 @@ def test_the_report_counts_duplicates_and_contradictions(tmp_path: Path) -> None
     (tmp_path / "cat" / "p.png").write_bytes(builders.encode(picture, "PNG"))
     (tmp_path / "cat" / "q.png").write_bytes(builders.encode(picture, "PNG"))
     (tmp_path / "dog" / "p.bmp").write_bytes(builders.encode(picture, "BMP"))
-    picture.putpixel((0, 0), (0, 0, 0))
+    picture.putpixel((0, 0), (picture.tobytes()[0] ^ 1, *picture.tobytes()[1:3]))
     (tmp_path / "dog" / "r.png").write_bytes(builders.encode(picture, "PNG"))
 
     _, report = scan(tmp_path, kind="labeled")
