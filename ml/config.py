@@ -167,7 +167,7 @@ class TrainingConfig(Checked):
     checkpoint_every_seconds: Annotated[float, Interval(gt=0, le=86400)] = 60.0
     """Longest stretch of work that a kill can cost."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How gradients move weights."""
+    """The optimizer and its peak learning rate."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """How the learning rate changes."""
 

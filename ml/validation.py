@@ -10,7 +10,6 @@ import json
 import math
 import types
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval, Len
@@ -20,10 +19,14 @@ from ml.errors import RecipeError
 T = TypeVar("T")
 
 
-@cache
+_known_hints: dict[type, dict[str, Any]] = {}
+
+
 def _hints(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(cls)}
+    if cls not in _known_hints:
+        hints = get_type_hints(cls, include_extras=True)
+        _known_hints[cls] = {f.name: hints[f.name] for f in fields(cls)}
+    return _known_hints[cls]
 
 
 def check_annotations(value: Any) -> None:
@@ -121,7 +124,7 @@ def _decode(value: Any, hint: Any, pointer: str) -> Any:
         return _decode(value, get_args(hint)[0], pointer)
     if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, pointer)
-    if get_origin(hint) is tuple and isinstance(value, list):
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
         item = get_args(hint)[0]
         return tuple(_decode(v, item, f"{pointer}/{i}") for i, v in enumerate(value))
     return value
