@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,3 +49,26 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; at the end of the block it becomes `folder`, after an exception nothing is left of it.
+
+    `folder` must not exist yet, or be empty. Raises DiskFull like `written_aside`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{token_hex(4)}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            _flush(path)
+        aside.replace(folder)
+        _flush(folder.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(f"no room left for {folder}: free some space and try again", path=str(folder)) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

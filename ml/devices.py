@@ -1,0 +1,119 @@
+"""On what the tensors live: the processor's answers to `auto`, its threads, its precision, its memory.
+
+The bits of a training depend on the number of threads and on the precision, so both are resolved once, recorded with
+the run, and applied unchanged by every later attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ml.config import RuntimeConfig
+from ml.errors import OutOfMemory, RecipeError
+
+# Where Linux lists them: x86 with AVX-512 BF16 or AMX, and Arm's BF16 extension.
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_LARGE_IMAGE = 96
+"""From this side on the network costs so much more than the loader that it gets every core."""
+
+
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_runtime(runtime: RuntimeConfig, *, image_size: int | None = None) -> RuntimeConfig:
+    """The same runtime without `auto` and without 0 threads; RecipeError when CUDA is asked for and absent.
+
+    With large images (`image_size`, the side in pixels) the training's threads are all cores: the loader needs a
+    small share of them then, and a core kept for it would idle.
+    """
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device cuda is asked for, but this machine has none; use auto or cpu", pointer="/runtime/device")
+    precision = runtime.precision
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    cores = num_cores()
+    share = cores if image_size is not None and image_size >= _LARGE_IMAGE else cores // 2
+    workers = runtime.num_loader_workers
+    if workers == "auto":
+        workers = min(cores - 1, 12) if device == "cuda" else min(cores - 1, 1)
+    return replace(
+        runtime, device=device, precision=precision, num_threads=runtime.num_threads or max(1, share), num_loader_workers=workers
+    )
+
+
+def _has_bf16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(_BF16_FLAGS & _cpu_facts()["flags"])
+
+
+def _cpu_facts() -> dict[str, Any]:
+    """`model` and `flags` of the first processor; empty where the system does not say."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
+    return {
+        "model": facts.get("model name") or platform.processor() or platform.machine(),
+        "flags": frozenset((facts.get("flags") or facts.get("Features") or "").split()),
+    }
+
+
+def apply_runtime(runtime: RuntimeConfig) -> torch.device:
+    """Give torch the resolved runtime's threads and true fp32; return the device to put tensors on."""
+    torch.set_num_threads(runtime.num_threads)
+    if runtime.device == "cuda":
+        # fp32 means fp32: evaluation and labeling are compared with the exported artifact, and TF32 would move them.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device(runtime.device)
+
+
+def autocast(runtime: RuntimeConfig) -> AbstractContextManager[Any]:
+    """The block in which a forward pass runs in the runtime's precision; the weights stay fp32."""
+    if runtime.precision == "bf16":
+        return torch.autocast(runtime.device, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def translate_oom(what: str) -> Iterator[None]:
+    """Raise OutOfMemory instead of what the device's or the host's allocator raises; `what` says what was being done."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"the device has not enough memory for {what}; a smaller micro-batch may help", what=what) from error
+    except MemoryError as error:
+        raise OutOfMemory(f"the host has not enough memory for {what}", what=what) from error
+    except RuntimeError as error:
+        # The CPU allocator has no class of its own for it.
+        if "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error):
+            raise OutOfMemory(f"the host has not enough memory for {what}; a smaller micro-batch may help", what=what) from error
+        raise
+
+
+def host_facts(runtime: RuntimeConfig) -> dict[str, Any]:
+    """What the lineage records about the machine: two trainings with equal facts end with equal bits."""
+    facts: dict[str, Any] = {
+        "processor": _cpu_facts()["model"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": runtime.device,
+        "precision": runtime.precision,
+        "num_threads": runtime.num_threads,
+        "compile": runtime.compile,
+    }
+    if runtime.device == "cuda":
+        facts["accelerator"] = torch.cuda.get_device_name()
+    return facts

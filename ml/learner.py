@@ -1,0 +1,157 @@
+"""What a training changes: the network, its average and the optimizer's state, and the one step that changes them.
+
+B labeled and U pseudo-labeled images of a step, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ml import losses
+from ml.checkpoints import State
+from ml.config import StudentConfig, TeacherConfig
+from ml.data import Batch
+from ml.determinism import torch_seed
+from ml.devices import autocast, translate_oom
+from ml.ema import EmaWeights
+from ml.losses import StepLoss
+from ml.optimizers import build_optimizer, set_learning_rate
+from ml.pixels import Preprocessing
+from ml.config import RuntimeConfig
+from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at
+
+
+class Loss(NamedTuple):
+    """The losses of one step, on the host."""
+
+    total: float
+    labeled: float
+    unlabeled: float
+
+
+class Learner:
+    """A network in training. Equal arguments, batches and steps give equal bits, whether or not it was saved and loaded between."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: TeacherConfig | StudentConfig,
+        plan: TrainingPlan,
+        *,
+        preprocessing: Preprocessing,
+        runtime: RuntimeConfig,
+        seed: int,
+    ) -> None:
+        device = torch.device(runtime.device)
+        self.network = network.to(device=device).to(memory_format=torch.channels_last).train()
+        self.ema = EmaWeights(self.network)
+        self.optimizer = build_optimizer(self.network, config.training.optimizer)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if runtime.compile else self.network
+        self._config = config
+        self._plan = plan
+        self._runtime = runtime
+        self._seed = seed
+        self._device = device
+        scale, bias = preprocessing.scale_and_bias()
+        self._scale = torch.from_numpy(scale).to(device).view(3, 1, 1)
+        self._bias = torch.from_numpy(bias).to(device).view(3, 1, 1)
+        self._recent: list[Tensor] = []
+
+    def step(self, step: int, batch: Batch) -> None:
+        """Make update number `step` (from 0) with this batch: forward, backward, clip, optimizer, average."""
+        training = self._config.training
+        set_learning_rate(self.optimizer, self.learning_rate(step))
+        parts = list(self._micro_batches(batch))
+        recent = torch.zeros(3, device=self._device)
+        for index, part in enumerate(parts):
+            # Model noise is named by its step, so that no generator's state has to survive a kill.
+            torch.manual_seed(torch_seed(self._seed, "model noise", step, index))
+            with translate_oom(f"a micro-batch of {len(part.images)} images"):
+                loss = self._loss(part)
+                (loss.total / len(parts)).backward()
+            recent += torch.stack([value.detach() for value in loss]) / len(parts)
+        # Kept on the device: asking for a number here would make the host wait for every step.
+        self._recent.append(recent)
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), training.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(ema_decay_at(training.ema_decay, step))
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`."""
+        return learning_rate_at(self._plan, self._config.training.schedule, step)
+
+    def recent_losses(self) -> list[Loss]:
+        """The losses of the steps since the last call, in order. Waits for the device."""
+        found = [Loss(*values) for values in torch.stack(self._recent).tolist()] if self._recent else []
+        self._recent.clear()
+        return found
+
+    def is_finite(self) -> bool:
+        """Whether every weight of network and average is a number. Waits for the device."""
+        weights = [*self.network.state_dict().values(), *self.ema.network.state_dict().values()]
+        norms = torch._foreach_norm([weight for weight in weights if weight.is_floating_point()], torch.inf)
+        return bool(torch.isfinite(torch.stack(norms)).all())
+
+    def state(self) -> State:
+        """Everything that the next step depends on."""
+        return {
+            "network": self.network.state_dict(),
+            "ema": self.ema.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: State) -> None:
+        """Go on from `state`."""
+        self.network.load_state_dict(state["network"])
+        self.ema.network.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _micro_batches(self, batch: Batch) -> Iterator[_Part]:
+        """The batch in `accumulation` parts, each with its share of labeled and of pseudo-labeled images, labeled first."""
+        count = self._config.training.accumulation
+        images = batch.images.to(self._device, non_blocking=True)
+        labels_B = batch.labels_B.to(self._device, non_blocking=True)
+        soft_UK = None if batch.soft_UK is None else batch.soft_UK.to(self._device, non_blocking=True)
+        if count == 1:
+            yield _Part(images, labels_B, soft_UK)
+            return
+        of_labeled, of_unlabeled = images.split([len(labels_B), len(images) - len(labels_B)])
+        for index in range(count):
+            labeled, unlabeled = _share(of_labeled, index, count), _share(of_unlabeled, index, count)
+            soft = None if soft_UK is None else _share(soft_UK, index, count)
+            yield _Part(torch.cat([labeled, unlabeled]), _share(labels_B, index, count), soft)
+
+    def _loss(self, part: _Part) -> StepLoss:
+        """Forward of labeled and pseudo-labeled images together, so that batch norm sees the mixed batch; then the loss."""
+        smoothing = self._config.training.label_smoothing
+        images = part.images.to(memory_format=torch.channels_last).float() * self._scale + self._bias
+        with autocast(self._runtime):
+            logits = self._forward(images)
+        num_labeled = len(part.labels_B)
+        if part.soft_UK is None or not isinstance(self._config, StudentConfig):
+            return losses.without_pseudo_labels(logits, part.labels_B, smoothing=smoothing)
+        student = self._config
+        mean_L = losses.labeled_cross_entropy(logits[:num_labeled], part.labels_B, smoothing=smoothing)
+        mean_U = losses.pseudo_label_cross_entropy(
+            logits[num_labeled:], part.soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
+        )
+        return StepLoss(losses.combine(student.loss, mean_L, mean_U, student.ratio), mean_L, mean_U)
+
+
+class _Part(NamedTuple):
+    """One micro-batch on the device; `images` are uint8 [B + U, C, H, W], the labeled ones first."""
+
+    images: Tensor
+    labels_B: Tensor
+    soft_UK: Tensor | None
+
+
+def _share(values: Tensor, index: int, count: int) -> Tensor:
+    size = len(values) // count
+    return values[index * size : (index + 1) * size]

@@ -1,0 +1,316 @@
+"""A network without noise looks at images: labeling, evaluation, and the looks at validation during a training.
+
+N rows, M rows with a readable image, K classes. On the CPU every core decodes a few images and passes them through the
+network itself: no core waits for another, and a batch this small stays in its cache. On an accelerator the cores decode.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ml import calibration, evaluation, pseudo_labels
+from ml.config import RuntimeConfig
+from ml.devices import apply_runtime, autocast, num_cores, translate_oom
+from ml.errors import BadImage, Interrupted, WeightsError
+from ml.events import Event, OnEvent, ShouldStop, ignore, never
+from ml.manifest import Manifest
+from ml.models import WEIGHTS, LoadedGeneration, load_generation
+from ml.pixels import Preprocessing, read_image, weak_view
+from ml.tasks import EvaluationTask, LabelingTask
+
+_CPU_BATCH = 8
+_REFERENCE_SIDE = 224
+_EVENT_SECONDS = 0.5
+
+
+class Predictions(NamedTuple):
+    """What came of the rows of a manifest."""
+
+    statuses: list[str]
+    """One per row, whatever happened to it."""
+    logits: NDArray[np.float32]
+    """[M, K], the rows with status "ok" in their order."""
+
+
+class WeakViews:
+    """What an un-noised network sees of a manifest's rows, in batches; kept in memory when all of them fit into `cache_bytes`."""
+
+    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, *, batch_size: int, cache_bytes: int = 0) -> None:
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self._paths = manifest.paths()
+        self._statuses: list[str] = manifest.column("status")
+        fits = len(self._paths) * 3 * preprocessing.size**2 <= cache_bytes
+        self._cache: dict[int, tuple[NDArray[np.uint8], list[str]]] | None = {} if fits else None
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return math.ceil(len(self._paths) / self.batch_size)
+
+    def num_rows(self) -> int:
+        return len(self._paths)
+
+    def batch(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Images [M, H, W, C] of the batch's readable rows, and the status of every row."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._paths)))
+        images, statuses = [], []
+        for row in rows:
+            status = self._statuses[row]
+            if status == "ok":
+                try:
+                    images.append(weak_view(read_image(self._paths[row]), self.preprocessing))
+                except BadImage as error:
+                    # It was fine when the manifest was made.
+                    status = error.status
+            statuses.append(status)
+        side = self.preprocessing.size
+        batch = np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8), statuses
+        if self._cache is not None:
+            self._cache[index] = batch
+        return batch
+
+    def first_images(self, num_images: int) -> NDArray[np.uint8]:
+        """Up to `num_images` readable images [M, H, W, C], from the first rows on."""
+        found: list[NDArray[np.uint8]] = []
+        for index in range(len(self)):
+            found.append(self.batch(index)[0])
+            if sum(map(len, found)) >= num_images:
+                break
+        return np.concatenate(found)[:num_images] if found else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def batch_for(device: str, size: int, largest: int) -> int:
+    """Images in one forward pass without gradients: at most `largest`; on a CPU as many as 8 images of 224 x 224 have pixels."""
+    if device != "cpu":
+        return largest
+    return max(1, min(largest, _CPU_BATCH * _REFERENCE_SIDE**2 // size**2))
+
+
+def forward(
+    network: nn.Module, images_MHWC: NDArray[np.uint8], preprocessing: Preprocessing, runtime: RuntimeConfig
+) -> NDArray[np.float32]:
+    """Logits of uint8 images, in the runtime's precision, without gradients. The batch travels as bytes and is normalized on the device."""
+    device = torch.device(runtime.device)
+    scale, bias = (torch.from_numpy(values).to(device).view(3, 1, 1) for values in preprocessing.scale_and_bias())
+    with torch.inference_mode(), autocast(runtime), translate_oom(f"a batch of {len(images_MHWC)} images without gradients"):
+        # Seen as NCHW, pixels that lie side by side are channels_last: nothing is copied for it.
+        images_MCHW = torch.from_numpy(images_MHWC).to(device, non_blocking=True).permute(0, 3, 1, 2)
+        logits_MK: NDArray[np.float32] = network(images_MCHW.float() * scale + bias).float().cpu().numpy()
+    return logits_MK
+
+
+def predict(
+    network: nn.Module,
+    views: WeakViews,
+    *,
+    num_classes: int,
+    runtime: RuntimeConfig,
+    on_rows: Callable[[int], None] | None = None,
+    should_stop: ShouldStop = never,
+) -> Predictions:
+    """Show every row to the network; `on_rows` hears how many are done. Raises Interrupted when `should_stop` says so.
+
+    The batches are cut by row, so an image's bits do not depend on how many threads share the work.
+    """
+    if any(module.training for module in network.modules()):
+        raise ValueError("the network is in train mode and would guess with noise: call eval() first")
+
+    def logits_of(batch: tuple[NDArray[np.uint8], list[str]]) -> tuple[NDArray[np.float32], list[str]]:
+        images_MHWC, statuses = batch
+        empty = np.zeros((0, num_classes), np.float32)
+        return (forward(network, images_MHWC, views.preprocessing, runtime) if len(images_MHWC) else empty), statuses
+
+    on_cpu = runtime.device == "cpu"
+    work = (lambda index: logits_of(views.batch(index))) if on_cpu else views.batch
+    parts: list[NDArray[np.float32]] = []
+    all_statuses: list[str] = []
+    with _one_thread_each() if on_cpu else nullcontext():
+        for item in _in_order(work, len(views), num_callers(runtime), should_stop):
+            logits, statuses = item if on_cpu else logits_of(item)
+            parts.append(logits)
+            all_statuses += statuses
+            if on_rows is not None:
+                on_rows(len(all_statuses))
+    return Predictions(all_statuses, np.concatenate(parts) if parts else np.zeros((0, num_classes), np.float32))
+
+
+def num_callers(runtime: RuntimeConfig) -> int:
+    """Threads that share the work: those that training would use for the network and for loading, but not more than cores."""
+    workers = runtime.num_loader_workers
+    return max(1, min(num_cores(), runtime.num_threads + (0 if workers == "auto" else workers)))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Within the block each calling thread computes alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_order(work: Callable[[int], Any], count: int, callers: int, should_stop: ShouldStop) -> Iterator[Any]:
+    """Results of work(0), work(1), ... in order, with a few of them on their way at a time so that memory stays flat."""
+    pool = ThreadPoolExecutor(callers, thread_name_prefix="predict")
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for index in range(count):
+            waiting.append(pool.submit(work, index))
+            if len(waiting) >= 3 * callers:
+                yield waiting.popleft().result()
+            if should_stop():
+                raise Interrupted("stopped between two batches; what was not written is done again")
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> dict[str, Any]:
+    """Write one shard of guesses of an un-noised generation, one row per image; a complete one that is there is left alone.
+
+    Returns `num_rows`, `statuses` (count of each), `skipped`, `seconds`, `images_per_second` and the shard's `facts`.
+    """
+    started = time.monotonic()
+    device = apply_runtime(task.runtime)
+    rows = Manifest.read(task.unlabeled).rows(task.start, task.stop)
+    generation = load_generation(Path(task.generation), device)
+    facts = _shard_facts(task, rows, generation)
+    if pseudo_labels.is_complete(task.output, **facts):
+        statuses = pseudo_labels.read_shard(task.output, ["status"])["status"].to_pylist()
+        return _summary(statuses, facts, seconds=time.monotonic() - started, skipped=True)
+    on_event(Event(kind="stage", data={"stage": "labeling"}))
+    network = _cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
+    side = generation.preprocessing.size
+    views = WeakViews(rows, generation.preprocessing, batch_size=batch_for(task.runtime.device, side, task.labeling.batch_size))
+    predictions = predict(
+        network,
+        views,
+        num_classes=len(generation.class_names),
+        runtime=task.runtime,
+        on_rows=_progress(on_event, len(rows), "images"),
+        should_stop=should_stop,
+    )
+    if not np.isfinite(predictions.logits).all():
+        raise WeightsError(f"the generation in {task.generation} gives logits that are not finite numbers", folder=task.generation)
+    pseudo_labels.write_shard(
+        task.output,
+        keys=rows.column("key"),
+        statuses=predictions.statuses,
+        probs_MK=calibration.softmax(predictions.logits, facts["temperature"]).astype(np.float32),
+        class_names=generation.class_names,
+        stored_probabilities=task.labeling.stored_probabilities,
+        facts=facts,
+    )
+    return _summary(predictions.statuses, facts, seconds=time.monotonic() - started, skipped=False)
+
+
+def _cast_once(network: nn.Module) -> nn.Module:
+    """Hold the weights in bf16 that autocast would cast anew for every batch; the same bits, a few percent faster."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
+    return network
+
+
+def _shard_facts(task: LabelingTask, rows: Manifest, generation: LoadedGeneration) -> dict[str, Any]:
+    """What the labels depend on: a shard with other facts is not this one."""
+    with (Path(task.generation) / WEIGHTS).open("rb") as file:
+        weights_digest = file_digest(file, "sha256").hexdigest()
+    return {
+        "weights_digest": weights_digest,
+        "preprocessing_digest": generation.preprocessing.digest(),
+        "rows_digest": rows.digest(),
+        "start": task.start,
+        "stop": task.stop,
+        "precision": task.runtime.precision,
+        "temperature": generation.temperature if task.labeling.calibrate else 1.0,
+        "stored_probabilities": task.labeling.stored_probabilities,
+    }
+
+
+def _summary(statuses: Sequence[str], facts: dict[str, Any], *, seconds: float, skipped: bool) -> dict[str, Any]:
+    rate = 0.0 if skipped else len(statuses) / max(seconds, 1e-9)
+    return {
+        "num_rows": len(statuses),
+        "statuses": dict(Counter(statuses)),
+        "skipped": skipped,
+        "seconds": seconds,
+        "images_per_second": rate,
+        "facts": facts,
+    }
+
+
+def _progress(on_event: OnEvent, total: int, unit: str) -> Callable[[int], None]:
+    """A listener for `predict` that reports at most twice a second, and the end."""
+    started = time.monotonic()
+    reported = started
+
+    def on_rows(done: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if done < total and now - reported < _EVENT_SECONDS:
+            return
+        reported = now
+        rate = done / max(now - started, 1e-9)
+        data = {"done": done, "total": total, "unit": unit, "images_per_second": rate, "eta_seconds": (total - done) / max(rate, 1e-9)}
+        on_event(Event(kind="progress", data=data))
+
+    return on_rows
+
+
+def evaluate(
+    task: EvaluationTask, on_event: OnEvent = ignore, should_stop: ShouldStop = never, *, predictions: Path | None = None
+) -> dict[str, Any]:
+    """Measure an exported generation in fp32: `ml.evaluation.evaluate_logits`, the temperature, and the unreadable files.
+
+    `predictions` names a file to write, so that generations can be compared pairwise.
+    """
+    runtime = replace(task.runtime, precision="fp32")
+    generation = load_generation(Path(task.generation), apply_runtime(runtime))
+    preprocessing = generation.preprocessing if task.image is None else Preprocessing.from_config(task.image)
+    manifest = Manifest.read(task.manifest)
+    on_event(Event(kind="stage", data={"stage": "evaluating"}))
+    views = WeakViews(manifest, preprocessing, batch_size=batch_for(runtime.device, preprocessing.size, 256))
+    num_classes = len(generation.class_names)
+    found = predict(
+        generation.network,
+        views,
+        num_classes=num_classes,
+        runtime=runtime,
+        on_rows=_progress(on_event, len(manifest), "images"),
+        should_stop=should_stop,
+    )
+    return measure(found, manifest, generation.class_names, temperature=generation.temperature, predictions=predictions)
+
+
+def measure(
+    found: Predictions, manifest: Manifest, class_names: Sequence[str], *, temperature: float, predictions: Path | None = None
+) -> dict[str, Any]:
+    """Figures of `found` over the readable rows of `manifest`; also writes its `predictions` file when one is named."""
+    readable = [row for row, status in enumerate(found.statuses) if status == "ok"]
+    rows = manifest.take(readable)
+    labels_M = np.asarray(rows.class_indices(class_names), np.int64)
+    metrics = evaluation.evaluate_logits(found.logits, labels_M, class_names, temperature=temperature)
+    if predictions is not None:
+        keys = rows.column("key")
+        evaluation.write_predictions(predictions, keys, labels_M, found.logits, class_names=class_names, temperature=temperature)
+    return metrics | {"temperature": temperature, "num_unreadable": len(found.statuses) - len(readable)}

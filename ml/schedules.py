@@ -1,0 +1,89 @@
+"""How long a training lasts and how fast it learns at each step, as closed forms in plain Python.
+
+A *step* is one optimizer update and is counted from 0; an *epoch* is one pass over the labeled images alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ml.config import ScheduleConfig, TrainingConfig
+from ml.errors import TooFewLabels
+
+NUM_EVALUATIONS = 20
+"""Looks at validation when the recipe does not say how often."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """A training config with the number of labeled images filled in."""
+
+    steps: int
+    """Optimizer updates."""
+    warmup_steps: int
+    """Leading steps with a linearly rising rate."""
+    decay_every_steps: float
+    """Length of one stair of the `step` schedule; a fraction is kept, so the stairs fall where the epochs do."""
+    evaluate_every_steps: int
+    batch_labeled: int
+    """Labeled images a step."""
+    batch_unlabeled: int
+    """Pseudo-labeled images a step."""
+    learning_rate: float
+    """Peak, already scaled with the batch."""
+
+    @property
+    def batch(self) -> int:
+        """Images a step, of both kinds: what the throughput counts."""
+        return self.batch_labeled + self.batch_unlabeled
+
+
+def plan_training(
+    training: TrainingConfig, *, num_labeled: int, ratio: int, role: Literal["teacher", "student", "control"]
+) -> TrainingPlan:
+    """Turn epochs and batches into steps; TooFewLabels when there are fewer labeled images than one batch takes.
+
+    `ratio` is r of the student, and of the student that a control stands beside; 0 for a teacher. The learning rate
+    scales with B, never with (1 + r)B, and a control keeps the student's: only where its images come from differs.
+    """
+    size = training.batch_size
+    if num_labeled < size:
+        raise TooFewLabels(
+            f"{num_labeled} labeled training images are fewer than one batch of {size}: add labels, or lower batch_size to {num_labeled}",
+            num_labeled=num_labeled,
+            batch_size=size,
+        )
+    steps = training.steps or max(1, round((training.epochs or 0) * num_labeled / size))
+    optimizer = training.optimizer
+    return TrainingPlan(
+        steps=steps,
+        warmup_steps=round(training.schedule.warmup_ratio * steps),
+        decay_every_steps=training.schedule.decay_epochs * num_labeled / size,
+        evaluate_every_steps=training.evaluate_every_steps or math.ceil(steps / NUM_EVALUATIONS),
+        batch_labeled=size * (1 + ratio) if role == "control" else size,
+        batch_unlabeled=size * ratio if role == "student" else 0,
+        learning_rate=optimizer.learning_rate * size / (optimizer.reference_batch or size),
+    )
+
+
+def learning_rate_at(plan: TrainingPlan, schedule: ScheduleConfig, step: int) -> float:
+    """The rate of the update that is made at `step`.
+
+    Warm-up rises linearly and, unlike the official code, not from 0: its first update would move nothing. The stairs
+    are counted from step 0, not from the end of warm-up, as there. The cosine falls to 0 at the (never made) step `steps`.
+    """
+    if step < plan.warmup_steps:
+        return plan.learning_rate * (step + 1) / (plan.warmup_steps + 1)
+    if schedule.name == "step":
+        return plan.learning_rate * schedule.decay_rate ** math.floor(step / plan.decay_every_steps)
+    if schedule.name == "cosine":
+        done_ratio = (step - plan.warmup_steps) / (plan.steps - plan.warmup_steps)
+        return plan.learning_rate * (1 + math.cos(math.pi * done_ratio)) / 2
+    return plan.learning_rate
+
+
+def ema_decay_at(decay: float, step: int) -> float:
+    """Share of the old average kept after the update at `step`: min(decay, (1 + t) / (10 + t)), TensorFlow's warm-up."""
+    return min(decay, (1 + step) / (10 + step))
