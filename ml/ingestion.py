@@ -18,7 +18,7 @@ from typing import Any
 
 from ml.errors import BadImage, DataError, Interrupted, NoImages, TooFewLabels
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
-from ml.manifest import Kind, Manifest, split
+from ml.manifest import Kind, Manifest, Share, split
 from ml.pixels import decode, perceptual_hash, pixel_digest, read_bytes
 
 PART_KINDS: dict[str, Kind] = {"test": "evaluation", "validation": "evaluation", "labeled": "labeled", "unlabeled": "unlabeled"}
@@ -259,8 +259,8 @@ def find_leakage(evaluation: Sequence[Manifest], others: Sequence[Manifest]) -> 
     return findings
 
 
-def split_folder(manifest: Manifest, shares: Mapping[str, float], seed: int) -> dict[str, Manifest]:
-    """Cut one class-folder manifest into parts named labeled, validation, test, unlabeled with these shares, class by class.
+def split_folder(manifest: Manifest, shares: Mapping[str, Share], seed: int) -> dict[str, Manifest]:
+    """Cut one class-folder manifest into parts named labeled, validation, test, unlabeled, class by class (`ml.manifest.split`).
 
     Equal pixels stay together, so no part leaks into another; the unlabeled part forgets its classes. Whatever the order
     of `shares`, the parts are the same.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Kind = Literal["labeled", "unlabeled", "evaluation"]
+Share = float | Literal["rest"]
+"""Of one part of a split: a share of each class below 1, a whole number of images of each class, or what the others leave."""
 
 COLUMNS = ("key", "digest", "pixel_digest", "perceptual_hash", "class_name", "status", "bytes", "width", "height")
 
@@ -170,13 +172,14 @@ def split_validation(manifest: Manifest, ratio: float, seed: int) -> tuple[Manif
     return parts["training"], parts["validation"]
 
 
-def split(manifest: Manifest, shares: Mapping[str, float], seed: int) -> dict[str, Manifest]:
-    """Cut the usable images of each class into named parts of about these shares; what is left beyond their sum is in none.
+def split(manifest: Manifest, shares: Mapping[str, Share], seed: int) -> dict[str, Manifest]:
+    """Cut the usable images of each class into named parts; what is left beyond them is in none.
 
-    Equal pixels stay together. Every part has an image of every class; TooFewLabels when a class has too few for that.
+    A share below 1 is that share of each class, a whole number from 1 on is that many images of each class, and "rest" is what
+    the other parts leave. Equal pixels stay together. Every part has an image of every class; TooFewLabels when a class has
+    too few for that.
     """
-    if not shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
-        raise DataError(f"shares {dict(shares)} must each be above 0 and at most 1 together")
+    _check_shares(shares)
     usable = manifest.usable()
     part_of: dict[str, str] = {}
     members: dict[str, list[int]] = {name: [] for name in shares}
@@ -198,7 +201,33 @@ def split(manifest: Manifest, shares: Mapping[str, float], seed: int) -> dict[st
     return parts
 
 
-def _cut_class(class_name: str, rows: list[int], pixels: list[str], shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+def _check_shares(shares: Mapping[str, Share]) -> None:
+    numbers = [share for share in shares.values() if share != "rest"]
+    wrong = [share for share in numbers if isinstance(share, str) or share <= 0 or (share > 1 and share != int(share))]
+    fractions = [float(share) for share in numbers if not isinstance(share, str) and share < 1]
+    # 1.0 alone is the whole; the whole number 1 is one image of each class.
+    if not shares or wrong or len(shares) - len(numbers) > 1 or sum(fractions) > 1 + 1e-9:
+        raise DataError(
+            f'shares {dict(shares)} must be shares below 1 (at most 1 together), whole numbers of images per class, or "rest" for one part'
+        )
+
+
+def _images_wanted(class_name: str, num_images: int, shares: Mapping[str, Share]) -> dict[str, float]:
+    """How many images of a class each part is to get."""
+    wanted = {
+        part: float(share) * num_images if share < 1 else float(share) for part, share in shares.items() if not isinstance(share, str)
+    }
+    left = num_images - sum(wanted.values())
+    if left < -1e-6:
+        raise TooFewLabels(
+            f"class {class_name!r} has {num_images} different usable images, {dict(shares)} asks for more",
+            class_name=class_name,
+            num_images=num_images,
+        )
+    return {part: wanted.get(part, left) for part in shares}
+
+
+def _cut_class(class_name: str, rows: list[int], pixels: list[str], shares: Mapping[str, Share], seed: int) -> dict[str, list[int]]:
     key = seed.to_bytes(8, "little")
 
     def place(row: int) -> tuple[bytes, str]:
@@ -214,8 +243,8 @@ def _cut_class(class_name: str, rows: list[int], pixels: list[str], shares: Mapp
     cut: dict[str, list[int]] = {}
     done = position = 0
     wanted = 0.0
-    for number, (part, share) in enumerate(shares.items()):
-        wanted += share * len(rows)
+    for number, (part, count) in enumerate(_images_wanted(class_name, len(rows), shares).items()):
+        wanted += count
         taken: list[int] = []
         left_for_others = len(shares) - number - 1
         while position < len(groups) - left_for_others and (not taken or done + len(groups[position]) / 2 <= wanted):

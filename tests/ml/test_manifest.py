@@ -144,3 +144,22 @@ def test_a_split_into_parts_leaves_the_rest_out() -> None:
 def test_shares_beyond_the_whole_are_refused() -> None:
     with pytest.raises(DataError, match="at most 1 together"):
         split(build_manifest(), {"a": 0.7, "b": 0.7}, 0)
+
+
+def test_a_whole_number_is_images_per_class_and_rest_is_what_is_left() -> None:
+    parts = split(build_manifest(10, 20), {"labeled": 4, "test": 0.25, "unlabeled": "rest"}, seed=0)
+
+    counts = {part: [m.column("class_name").count(name) for name in ("cat", "dog")] for part, m in parts.items()}
+    assert counts["labeled"] == [4, 4]
+    assert sum(map(sum, counts.values())) == 30
+
+
+def test_more_images_per_class_than_there_are_is_refused() -> None:
+    with pytest.raises(TooFewLabels, match="asks for more"):
+        split(build_manifest(10, 20), {"labeled": 11, "unlabeled": "rest"}, seed=0)
+
+
+@pytest.mark.parametrize("shares", [{}, {"labeled": 0}, {"labeled": 1.5}, {"labeled": "all"}, {"test": "rest", "labeled": "rest"}])
+def test_shares_that_mean_nothing_are_refused(shares: dict[str, Any]) -> None:
+    with pytest.raises(DataError):
+        split(build_manifest(10, 20), shares, seed=0)
