@@ -34,8 +34,6 @@ def create_set(
     priority: int = 0,
 ) -> tuple[PseudoLabelSet, list[Job]]:
     """Insert the set and a labeling job for each shard (twice as many with a separate selection model)."""
-    shard_size = labeling["shard_size"]
-    starts = range(0, num_images, shard_size)
     row = PseudoLabelSet(
         id=new_id("pseudo_label_set"),
         status="labeling",
@@ -47,23 +45,28 @@ def create_set(
         labeling=labeling,
         selection=selection | {"evaluation_version_ids": evaluation_version_ids, "keep_keys_of_set_id": keep_keys_of_set_id},
         seed=seed,
-        num_shards=len(starts),
+        num_shards=len(range(0, num_images, labeling["shard_size"])),
         num_images=num_images,
         created_at=now(session),
     )
     session.add(row)
     session.flush()
+    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability, priority=priority))
+
+
+def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, priority: int) -> list[NewJob]:
+    shard_size = row.labeling["shard_size"]
     wanted: list[NewJob] = []
-    for purpose, labeler in (("label", generation_id), ("select", selection_generation_id)):
+    for purpose, labeler in (("label", row.generation_id), ("select", row.selection_generation_id)):
         if labeler is None:
             continue
-        for start in starts:
+        for start in range(0, row.num_images, shard_size):
             job_input = {
                 "generation_id": labeler,
-                "version_id": unlabeled_version_id,
+                "version_id": row.unlabeled_version_id,
                 "start": start,
-                "stop": min(start + shard_size, num_images),
-                "labeling": labeling,
+                "stop": min(start + shard_size, row.num_images),
+                "labeling": row.labeling,
                 "runtime": runtime,
                 "purpose": purpose,
             }
@@ -73,14 +76,14 @@ def create_set(
                     input=job_input,
                     capability=capability,
                     priority=priority,
-                    run_id=run_id,
-                    iteration=iteration,
-                    step="label" if run_id else None,
-                    part=len(wanted) if run_id else None,
+                    run_id=row.run_id,
+                    iteration=row.iteration,
+                    step="label" if row.run_id else None,
+                    part=len(wanted) if row.run_id else None,
                     pseudo_label_set_id=row.id,
                 )
             )
-    return row, enqueue(session, wanted)
+    return wanted
 
 
 def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
