@@ -1,0 +1,1 @@
+"""The HTTP API over core: resources, live progress, predictions. Never imports torch."""

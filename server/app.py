@@ -1,0 +1,73 @@
+"""The application: middleware from the outside in, and every noun's router."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+
+from core.errors import SetupError
+from core.settings import Settings
+from core.version import VERSION
+from server import health
+from server.auth import Authentication
+from server.dependencies import Services
+from server.errors import install_error_handlers
+from server.frame import RequestFrame
+from server.limits import BodyLimits
+from server.openapi import DESCRIPTION, TAGS, install_openapi
+
+ROUTERS: list[APIRouter] = [
+    health.router,
+]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API over the database and the files that the settings name; without settings they come from the environment."""
+    settings = settings or Settings()
+    check_keys_required(settings)
+    services = Services(settings)
+    app = FastAPI(
+        title="Noisy Student Server",
+        version=VERSION,
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_make_lifespan(services),
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.services = services
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    install_openapi(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(Authentication, keys=services.keys, required=settings.require_keys)
+    app.add_middleware(RequestFrame, metrics=services.metrics)
+    return app
+
+
+def _make_lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        services.progress.stop()
+        services.close()
+
+    return lifespan
+
+
+def check_keys_required(settings: Settings) -> None:
+    """SetupError when keys are off on an address that others can reach."""
+    if settings.require_keys or settings.host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise SetupError(f"keys may be switched off on a loopback address only, not on {settings.host}")

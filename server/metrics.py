@@ -1,0 +1,57 @@
+"""Prometheus metrics of one API process, and of the rows that all share."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sqlalchemy.orm import Session
+
+from core.db.session import now
+from core.db.tables import Job, OutboxMessage, Run, Worker
+from core.lifecycle import JOB_STATUSES, RUN_STATUSES
+from core.version import VERSION
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """A registry of its own, so that two apps in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("noisy_student_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry)
+        self.seconds = Histogram(
+            "noisy_student_request_seconds", "Time to the end of an answer.", ("route",), buckets=SECONDS, registry=self.registry
+        )
+        self.streams = Gauge("noisy_student_event_streams", "Open event streams.", registry=self.registry)
+        self.jobs = Gauge("noisy_student_jobs", "Jobs by status.", ("status",), registry=self.registry)
+        self.runs = Gauge("noisy_student_runs", "Runs by status.", ("status",), registry=self.registry)
+        self.outbox = Gauge("noisy_student_outbox", "Hints that wait to be published.", registry=self.registry)
+        self.workers = Gauge("noisy_student_workers", "Workers that did not say good-bye.", registry=self.registry)
+        self.oldest = Gauge("noisy_student_oldest_queued_seconds", "Age of the oldest queued job.", registry=self.registry)
+        info = Gauge("noisy_student_info", "The version that runs.", ("version",), registry=self.registry)
+        info.labels(VERSION).set(1)
+
+    def observe(self, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
+        self.requests.labels(method, route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def read_rows(self, session: Session) -> None:
+        """Set what the database knows."""
+        jobs = dict(session.execute(sa.select(Job.status, sa.func.count()).group_by(Job.status)).tuples().all())
+        for status in JOB_STATUSES:
+            self.jobs.labels(status).set(jobs.get(status, 0))
+        runs = dict(session.execute(sa.select(Run.status, sa.func.count()).group_by(Run.status)).tuples().all())
+        for status in RUN_STATUSES:
+            self.runs.labels(status).set(runs.get(status, 0))
+        waiting = sa.select(sa.func.count()).select_from(OutboxMessage).where(OutboxMessage.published_at.is_(None))
+        self.outbox.set(session.scalar(waiting) or 0)
+        self.workers.set(session.scalar(sa.select(sa.func.count()).select_from(Worker).where(Worker.stopped_at.is_(None))) or 0)
+        oldest = session.scalar(sa.select(sa.func.min(Job.created_at)).where(Job.status == "queued"))
+        self.oldest.set((now(session) - oldest).total_seconds() if oldest is not None else 0)
+
+    def render(self) -> bytes:
+        """Everything in the text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,62 @@
+"""Bodies read strictly: a duplicate key, NaN, an infinite number or a broken character is refused, not guessed at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response, params
+from fastapi.routing import APIRoute
+
+from core.errors import InvalidRequest, UnsupportedMedia
+from ml.errors import RecipeError
+from ml.validation import load_json
+
+
+def parse_strictly(body: bytes) -> Any:
+    """Decode JSON; InvalidRequest points at what is wrong with it."""
+    try:
+        value = load_json(body)
+        # Numbers such as 1e999 become infinite and escapes such as \ud800 are no characters: neither can be written again.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except RecipeError as error:
+        raise InvalidRequest(str(error), pointer=error.pointer) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the JSON holds a value that cannot be kept: {error}", pointer="") from error
+    return value
+
+
+class _ParsedRequest(Request):
+    """A request whose body was read and decoded before."""
+
+    parsed: Any = None
+
+    async def json(self) -> Any:
+        return self.parsed
+
+
+class StrictRoute(APIRoute):
+    """A route that decodes its JSON body strictly before FastAPI sees it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        takes_json = self.body_field is not None and not isinstance(self.body_field.field_info, params.Form)
+
+        async def strict(request: Request) -> Response:
+            if not takes_json:
+                return await handle(request)
+            parsed = _ParsedRequest(request.scope, request.receive)
+            body = await parsed.body()
+            if body:
+                _check_content_type(request.headers.get("content-type", ""))
+                parsed.parsed = parse_strictly(body)
+            return await handle(parsed)
+
+        return strict
+
+
+def _check_content_type(content_type: str) -> None:
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != "application/json" and not (essence.startswith("application/") and essence.endswith("+json")):
+        raise UnsupportedMedia(f"the body must come as application/json, not as {essence or 'nothing declared'}")
