@@ -1,0 +1,86 @@
+"""What `auto` becomes, and whose error an exhausted memory is."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from ml.config import RuntimeConfig
+from ml.devices import apply_runtime, autocast, host_facts, num_cores, resolve_runtime, translate_oom
+from ml.errors import OutOfMemory, RecipeError
+
+
+def test_a_resolved_runtime_leaves_nothing_to_choose() -> None:
+    resolved = resolve_runtime(RuntimeConfig())
+
+    assert resolved.device in ("cpu", "cuda")
+    assert resolved.precision in ("bf16", "fp32")
+    assert resolved.num_threads >= 1
+    assert isinstance(resolved.num_loader_workers, int)
+    assert resolve_runtime(resolved) == resolved
+
+
+def test_what_is_given_stays_as_it_is() -> None:
+    given = RuntimeConfig(device="cpu", precision="fp32", num_threads=3, num_loader_workers=0)
+
+    assert resolve_runtime(given) == given
+
+
+def test_large_images_get_every_core_for_the_network() -> None:
+    small = resolve_runtime(RuntimeConfig(device="cpu"), image_size=32)
+    large = resolve_runtime(RuntimeConfig(device="cpu"), image_size=224)
+
+    assert small.num_threads == max(1, num_cores() // 2)
+    assert large.num_threads == num_cores()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_refused_at_its_field() -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve_runtime(RuntimeConfig(device="cuda"))
+
+    assert caught.value.pointer == "/runtime/device"
+
+
+def test_applying_a_runtime_sets_the_threads_that_the_bits_depend_on() -> None:
+    before = torch.get_num_threads()
+    try:
+        apply_runtime(RuntimeConfig(device="cpu", precision="fp32", num_threads=1))
+
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_autocast_computes_in_bf16_only_when_asked() -> None:
+    layer, images = torch.nn.Linear(4, 4), torch.ones(2, 4)
+
+    with autocast(RuntimeConfig(device="cpu", precision="bf16")):
+        assert layer(images).dtype == torch.bfloat16
+    with autocast(RuntimeConfig(device="cpu", precision="fp32")):
+        assert layer(images).dtype == torch.float32
+
+
+def test_an_allocation_that_cannot_be_had_is_named_as_such() -> None:
+    with pytest.raises(OutOfMemory, match="a batch of 9 images"), translate_oom("a batch of 9 images"):
+        torch.empty(2**62, dtype=torch.uint8)
+
+
+def test_another_runtime_error_passes_untouched() -> None:
+    with pytest.raises(RuntimeError, match="shape"), translate_oom("anything"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_host_facts_are_json_and_name_what_decides_the_bits() -> None:
+    facts = json.loads(json.dumps(host_facts(RuntimeConfig(device="cpu", precision="fp32", num_threads=2))))
+
+    assert facts["num_threads"] == 2
+    assert facts["torch"] == torch.__version__
+    assert facts["processor"]
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= num_cores() <= (os.cpu_count() or 1)
