@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ Share = float | Literal["rest"]
 
 COLUMNS = ("key", "digest", "pixel_digest", "perceptual_hash", "class_name", "status", "bytes", "width", "height")
 
-_DIGEST_ROWS = 65536
+_BATCH_ROWS = 65536
 
 
 def _schema() -> pa.Schema:
@@ -95,7 +95,7 @@ class Manifest:
         facts = {"root": self.root, "kind": self.kind, "class_names": list(self.class_names)}
         table = self.table.replace_schema_metadata({"manifest": json.dumps(facts, sort_keys=True)})
         with written_aside(Path(path)) as aside:
-            pq.write_table(table.combine_chunks(), aside, compression="zstd", row_group_size=_DIGEST_ROWS)
+            pq.write_table(table.combine_chunks(), aside, compression="zstd", row_group_size=_BATCH_ROWS)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -143,8 +143,8 @@ class Manifest:
         running = hashlib.sha256(json.dumps([self.kind, self.class_names]).encode())
         for name in COLUMNS:
             column = self.table.column(name)
-            for start in range(0, len(self), _DIGEST_ROWS):
-                running.update(json.dumps(column.slice(start, _DIGEST_ROWS).to_pylist()).encode())
+            for start in range(0, len(self), _BATCH_ROWS):
+                running.update(json.dumps(column.slice(start, _BATCH_ROWS).to_pylist()).encode())
         return running.hexdigest()
 
     def unlabeled(self) -> Manifest:
@@ -160,6 +160,23 @@ class Manifest:
 
     def _with(self, table: pa.Table) -> Manifest:
         return Manifest(self.root, self.kind, self.class_names, table)
+
+
+def count_rows(path: str | Path) -> int:
+    """Number of rows of the manifest at `path`, without reading them."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(path).num_rows)
+
+
+def read_batches(path: str | Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a manifest, a bounded number of rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
 
 
 def split_validation(manifest: Manifest, ratio: float, seed: int) -> tuple[Manifest, Manifest]:

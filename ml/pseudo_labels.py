@@ -30,7 +30,7 @@ from ml.files import written_aside
 Stored = int | Literal["all"]
 
 PROBABILITY_COLUMNS = ("probs", "top_classes", "top_probs", "residual")
-_METADATA = b"pseudo_labels"
+METADATA = b"pseudo_labels"
 _ROW_GROUP = 16384
 
 
@@ -66,14 +66,15 @@ def write_shard(
 def write_table(table: pa.Table, path: str | Path, words: str) -> None:
     """Write a table of labels with `words` (JSON) in its metadata, whole or not at all, equal bytes for equal content."""
     with written_aside(Path(path)) as aside:
-        table = table.replace_schema_metadata({_METADATA: words})
+        table = table.replace_schema_metadata({METADATA: words})
         pq.write_table(table, aside, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["status"])
 
 
 def read_shard(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of a shard (or only some columns); DataError when it is absent or damaged."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        with pq.ParquetFile(path) as file:
+            return file.read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} is not a readable label shard: {error}", path=str(path)) from error
 
@@ -82,7 +83,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     """`class_names` and the other facts that the shard was written with; DataError when it is absent or damaged."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-        return cast(dict[str, Any], json.loads(metadata[_METADATA]))
+        return cast(dict[str, Any], json.loads(metadata[METADATA]))
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
         raise DataError(f"{path} is not a readable label shard: {error}", path=str(path)) from error
 
