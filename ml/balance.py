@@ -6,7 +6,6 @@ with the value. Memory is classes x bins plus 8 bytes for each row that a tie or
 Axes: N rows of a chunk, K classes, T bins.
 """
 
-# ruff: noqa: N815 - axes stand in names: cut_K
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
