@@ -1,47 +1,47 @@
-"""Batches of labeled and pseudo-labeled images under noise: a function of the seed and the step, whoever computes it.
+"""Batches of labeled and pseudo-labeled images under noise, as tensors, from this process or from workers.
 
-B labeled images of a step, U pseudo-labeled images of a step, K classes, C H W. Only bytes cross a process border; the
-device normalizes. A worker process decodes and augments whole steps; a resumed training, or one with another number of
-workers, sees the same bits.
+Only bytes cross a process border; the device normalizes. Workers take whole steps in turn, so a resumed training, or one
+with another number of workers, sees the same bits. What a step holds is `ml.views`' matter.
+
+B labeled images of a step, U pseudo-labeled images of a step, K classes, C H W.
 """
 
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
-from ml.determinism import ReusedGenerator, permutation
 from ml.errors import BadImage, DataError
 from ml.manifest import Manifest
-from ml.pixels import read_image, weak_image
 from ml.selection import SelectedLabels
-from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
+from ml.views import Broken, ImageStream, Source, Steps, StrongViews, Targets, work
 
-_WORTH_A_WORKER_SECONDS = 6.0
-"""A worker takes about three seconds to start; less work than this is done sooner without."""
+_WORTH_A_WORKER_SECONDS = 2.0
+"""A worker takes most of a second to start; less work than this is done sooner without."""
 _SECONDS_A_PIXEL = 2.5e-8
 _SECONDS_AN_IMAGE = 8e-5
-_PREFETCH = 4
+_SLOTS = 3
+"""Steps that a worker may be ahead."""
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only asked how full it is
+# A process forked after torch has run in parallel hangs in its first parallel operation.
+_SPAWN = get_context("spawn")
 
 
 class Batch(NamedTuple):
-    """One step's images and targets."""
+    """One step's images and targets. The images' memory is used again for a later batch."""
 
     images: Tensor
     """uint8 [B + U, C, H, W], labeled first; channels last in memory."""
@@ -49,119 +49,6 @@ class Batch(NamedTuple):
     """int64."""
     soft_UK: Tensor | None
     """float32, each row summing to 1; None without pseudo-labels."""
-
-
-class _Broken(NamedTuple):
-    """A file that cannot be read any more, on its way out of a worker: exceptions do not survive that way."""
-
-    path: str
-    status: str
-    message: str
-
-
-class ImageStream:
-    """An endless, stateless stream over a list of images: every epoch visits each `repeats` times in a new order.
-
-    Position p belongs to epoch p // N, where N counts the repeats.
-    """
-
-    def __init__(self, name: str, seed: int, repeats: npt.NDArray[np.int64]) -> None:
-        if len(repeats) == 0 or repeats.min() < 1:
-            raise DataError(f"the {name} stream has no images")
-        self.name, self.seed = name, seed
-        self._ends = np.cumsum(repeats)
-
-    def __len__(self) -> int:
-        """Positions of an epoch."""
-        return int(self._ends[-1])
-
-    def places(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(image, epoch, number in the epoch) of the positions from `start` up to `stop`; the last two name its noise."""
-        places = []
-        for position in range(start, stop):
-            epoch, at = divmod(position, len(self))
-            number = int(permutation(len(self), self.seed, epoch, self.name)[at])
-            places.append((int(np.searchsorted(self._ends, number, side="right")), epoch, number))
-        return places
-
-
-class _Images:
-    """Strong views of a list of files. Small images stay decoded in memory that workers share, when all of them fit."""
-
-    def __init__(self, paths: list[str], image: ImageConfig, noise: NoiseConfig, *, cached: bool) -> None:
-        self._paths, self._config, self._noise = paths, image, noise
-        # Filled on first use by whoever needs an image: two who fill one at once write the same bytes.
-        self._pixels = torch.empty((len(paths), image.size, image.size, 3), dtype=torch.uint8) if cached else None
-        self._filled = torch.zeros(len(paths) if cached else 0, dtype=torch.uint8)
-
-    def share(self) -> None:
-        """Move the cache to where worker processes see it."""
-        if self._pixels is not None:
-            self._pixels.share_memory_()  # type: ignore[no-untyped-call]
-            self._filled.share_memory_()  # type: ignore[no-untyped-call]
-
-    def strong(self, index: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
-        """HWC; BadImage when the file has vanished or changed."""
-        if not self._config.small_images:
-            return strong_view(self._read(index), self._config, self._noise, generator)
-        if self._pixels is None:
-            pixels = np.asarray(weak_image(self._read(index), training_preprocessing(self._config)))
-            return strong_view_of_small(pixels, self._config, self._noise, generator)
-        cache = self._pixels.numpy()
-        if not self._filled.numpy()[index]:
-            cache[index] = np.asarray(weak_image(self._read(index), training_preprocessing(self._config)))
-            self._filled.numpy()[index] = 1
-        return strong_view_of_small(cache[index], self._config, self._noise, generator)
-
-    def _read(self, index: int) -> Image.Image:
-        try:
-            return read_image(self._paths[index])
-        except BadImage as error:
-            raise BadImage(f"{self._paths[index]}: {error}", status=error.status, path=self._paths[index]) from error
-
-
-@dataclass(slots=True)
-class _Part:
-    """One of the two sources of a batch."""
-
-    stream: ImageStream
-    images: _Images
-    size: int
-    """Images a step."""
-
-
-class _Steps(Dataset[Batch | _Broken]):
-    """Step number -> its batch."""
-
-    def __init__(self, labeled: _Part, labels: npt.NDArray[np.int64], unlabeled: _Part | None, selected: SelectedLabels | None) -> None:
-        self.parts = [labeled] if unlabeled is None else [labeled, unlabeled]
-        self._labels, self._selected = labels, selected
-        self._generators: ReusedGenerator | None = None
-
-    def __getitem__(self, step: int) -> Batch | _Broken:
-        try:
-            return self._batch(step)
-        except BadImage as error:
-            return _Broken(error.details["path"], error.status, str(error))
-
-    def _batch(self, step: int) -> Batch:
-        views: list[npt.NDArray[np.uint8]] = []
-        rows: list[list[int]] = []
-        for part in self.parts:
-            places = part.stream.places(step * part.size, (step + 1) * part.size)
-            views += [part.images.strong(index, self._generator(part.stream, epoch, number)) for index, epoch, number in places]
-            rows.append([index for index, _, _ in places])
-        soft_UK = None
-        if self._selected is not None and len(rows) > 1:
-            soft_UK = torch.from_numpy(self._selected.soft(np.array(rows[1], dtype=np.int64)))
-        # Channels last in memory is what the views have already, so nothing is copied here.
-        return Batch(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), torch.from_numpy(self._labels[rows[0]]), soft_UK)
-
-    def _generator(self, stream: ImageStream, epoch: int, number: int) -> np.random.Generator:
-        if self._generators is None:
-            # Made where it is used: a worker's copy of it would not survive the way there.
-            self._generators = ReusedGenerator()
-        return self._generators(stream.seed, "noise", stream.name, epoch, number)
 
 
 class TrainingBatches:
@@ -191,28 +78,32 @@ class TrainingBatches:
         pool = None
         if selected is not None and unlabeled is not None and batch_unlabeled:
             pool = unlabeled.take(_rows_of(selected, unlabeled))
-        num_images = len(labeled) + (0 if pool is None else len(pool))
-        cached = image.small_images and num_images * 3 * image.size**2 <= runtime.cache_bytes
-        part = _Part(
-            ImageStream("labeled", seed, np.ones(len(labeled), dtype=np.int64)),
-            _Images(labeled.paths(), image, noise, cached=cached),
-            batch_labeled,
-        )
-        other = None
-        if pool is not None and selected is not None:
-            stream = ImageStream("unlabeled", seed, selected.repeats)
-            other = _Part(stream, _Images(pool.paths(), image, noise, cached=cached), batch_unlabeled)
-        labels = np.array(labeled.class_indices(class_names), dtype=np.int64)
-        self._steps = _Steps(part, labels, other, selected if other else None)
+        image_bytes = 3 * image.size**2
+        cache_bytes = (len(labeled) + (0 if pool is None else len(pool))) * image_bytes
+        cached = image.small_images and cache_bytes <= runtime.cache_bytes
+        batch = batch_labeled + batch_unlabeled
         self._range = range(start_step, stop_step)
-        batch_bytes = (batch_labeled + batch_unlabeled) * 3 * image.size**2
         self._workers = _count_workers(
             runtime,
             num_steps=len(self._range),
-            seconds=len(self._range) * (batch_labeled + batch_unlabeled) * (_SECONDS_AN_IMAGE + _SECONDS_A_PIXEL * image.size**2),
-            shared_bytes=(num_images * 3 * image.size**2 if cached else 0) + 2 * _PREFETCH * batch_bytes,
+            seconds=len(self._range) * batch * (_SECONDS_AN_IMAGE + _SECONDS_A_PIXEL * image.size**2),
+            cache_bytes=cache_bytes if cached else 0,
+            batch_bytes=batch * image_bytes,
         )
         self._pinned = runtime.device == "cuda"
+
+        def source(name: str, images: Manifest, repeats: Any, size: int) -> Source:
+            views = StrongViews(images.paths(), image, noise)
+            if cached:
+                views.cache, views.filled = self._memory(len(images) * image_bytes), self._memory(len(images))
+            return Source(ImageStream(name, seed, repeats), views, size)
+
+        self._steps = Steps(
+            source("labeled", labeled, np.ones(len(labeled), dtype=np.int64), batch_labeled),
+            np.array(labeled.class_indices(class_names), dtype=np.int64),
+            None if pool is None or selected is None else source("unlabeled", pool, selected.repeats, batch_unlabeled),
+            None if pool is None else selected,
+        )
         self._running: Generator[Batch] | None = None
 
     def __enter__(self) -> Self:
@@ -227,52 +118,104 @@ class TrainingBatches:
         return len(self._range)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._running = self._batches()
+        self._running = self._from_workers() if self._workers else self._from_here()
         return self._running
 
-    def _batches(self) -> Generator[Batch]:
-        for batch in self._from_workers() if self._workers else map(self._steps.__getitem__, self._range):
-            if isinstance(batch, _Broken):
-                raise BadImage(batch.message, status=batch.status, path=batch.path)
-            yield batch
+    def _memory(self, num_bytes: int) -> Any:
+        return _SPAWN.RawArray("B", num_bytes) if self._workers else np.zeros(num_bytes, dtype=np.uint8)
 
-    def _from_workers(self) -> Iterator[Batch | _Broken]:
-        for part in self._steps.parts:
-            part.images.share()
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=self._range,
-            num_workers=self._workers,
-            prefetch_factor=_PREFETCH,
-            pin_memory=self._pinned,
-            # A process forked after torch has run in parallel hangs in its first parallel operation.
-            multiprocessing_context="spawn",
-            worker_init_fn=_outlive_signals,
-            # Else starting workers would draw from torch's global generator, which dropout uses.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
+    def _from_here(self) -> Generator[Batch]:
+        images = np.empty(self._steps.shape(), dtype=np.uint8)
+        for step in self._range:
+            yield self._batch(images, self._steps.fill(step, images))
+
+    def _from_workers(self) -> Generator[Batch]:
+        workers = [_Worker(self._steps, self._range[place :: self._workers]) for place in range(self._workers)]
+        try:
+            for turn in range(len(self._range)):
+                worker = workers[turn % len(workers)]
+                slot, targets = worker.receive()
+                yield self._batch(worker.images(slot), targets)
+                worker.free(slot)
+        finally:
+            for worker in workers:
+                worker.end()
+
+    def _batch(self, images: Any, targets: Targets) -> Batch:
+        # Channels last in memory is what the views have already, so nothing is copied here.
+        tensor, labels_B = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(targets.labels_B)
+        soft_UK = None if targets.soft_UK is None else torch.from_numpy(targets.soft_UK)
+        if self._pinned:
+            return Batch(tensor.pin_memory(), labels_B.pin_memory(), None if soft_UK is None else soft_UK.pin_memory())
+        return Batch(tensor, labels_B, soft_UK)
 
 
-def _count_workers(runtime: RuntimeConfig, *, num_steps: int, seconds: float, shared_bytes: int) -> int:
+@dataclass(init=False, slots=True)
+class _Worker:
+    """A process that fills slots of shared memory, and the line to it."""
+
+    _process: BaseProcess
+    _line: Connection
+    _slots: list[Any]
+    _shape: tuple[int, ...]
+    _turn: int
+
+    def __init__(self, steps: Steps, numbers: range) -> None:
+        self._shape, self._turn = steps.shape(), 0
+        self._slots = [_SPAWN.RawArray("B", int(np.prod(self._shape))) for _ in range(min(_SLOTS, len(numbers)))]
+        self._line, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=work, args=(steps, numbers, self._slots, theirs), daemon=True)
+        self._process.start()
+        # Only the worker holds its end now, so that its death ends the line.
+        theirs.close()
+        for slot in range(len(self._slots)):
+            self.free(slot)
+
+    def receive(self) -> tuple[int, Targets]:
+        """Wait for the worker's next step: the slot with its images, and its targets."""
+        try:
+            message = self._line.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(5)
+            raise RuntimeError(f"a loader worker died with exit code {self._process.exitcode}") from error
+        if isinstance(message, Broken):
+            raise BadImage(message.message, status=message.status, path=message.path)
+        slot, self._turn = self._turn % len(self._slots), self._turn + 1
+        return slot, message
+
+    def images(self, slot: int) -> Any:
+        return np.frombuffer(self._slots[slot], np.uint8).reshape(self._shape)
+
+    def free(self, slot: int) -> None:
+        """Let the worker fill the slot again."""
+        try:
+            self._line.send(slot)
+        except ConnectionError:
+            # It has made all its steps, or is dead, which `receive` will tell.
+            return
+
+    def end(self) -> None:
+        self._line.close()
+        # It holds nothing that a kill could damage, and it may be in the middle of a large image.
+        self._process.kill()
+        self._process.join()
+
+
+def _count_workers(runtime: RuntimeConfig, *, num_steps: int, seconds: float, cache_bytes: int, batch_bytes: int) -> int:
     """How many workers to start: those asked for, or none when their start would cost more than it saves."""
     asked = 0 if runtime.num_loader_workers == "auto" else runtime.num_loader_workers
+    asked = min(asked, num_steps)
     # Containers often have 64 MB of shared memory, and writing beyond it kills the process.
-    crowded = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < 1.25 * shared_bytes * max(1, asked)
-    return 0 if crowded or seconds < _WORTH_A_WORKER_SECONDS else min(asked, num_steps)
-
-
-def _outlive_signals(_worker: int) -> None:
-    """The training process answers signals, after a checkpoint; until then it needs its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    needed = cache_bytes + asked * _SLOTS * batch_bytes
+    crowded = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < 1.25 * needed
+    return 0 if crowded or seconds < _WORTH_A_WORKER_SECONDS else asked
 
 
 def _rows_of(selected: SelectedLabels, unlabeled: Manifest) -> list[int]:
     """The pool's row of every selected key."""
-    rows = pc.index_in(selected.keys(), value_set=unlabeled.table.column("key").combine_chunks())
+    keys = selected.keys()
+    rows = pc.index_in(keys, value_set=unlabeled.table.column("key").combine_chunks())
     if rows.null_count:
-        absent = selected.keys().filter(pc.is_null(rows)).to_pylist()
+        absent = keys.filter(pc.is_null(rows)).to_pylist()
         raise DataError(f"{len(absent)} selected images are not in the pool, for example {absent[0]}", keys=absent[:100])
-    return list(pa.array(rows).to_pylist())
+    return [int(row) for row in rows.to_pylist()]

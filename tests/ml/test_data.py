@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
 
 import ml.data
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
-from ml.data import Batch, ImageStream, TrainingBatches
+from ml.data import Batch, TrainingBatches
 from ml.errors import BadImage, DataError
 from ml.ingestion import scan
 from ml.pixels import decode
 from ml.pseudo_labels import write_shard
 from ml.selection import SelectedLabels
+from ml.views import ImageStream
 from tests.ml import builders_images as builders
 
 SMALL = ImageConfig(size=32, small_images=True)
@@ -71,6 +78,12 @@ def build_batches(folder: Path, *, pool: bool = True, **changes: Any) -> Trainin
 def collect(batches: TrainingBatches) -> list[Batch]:
     with batches:
         return [Batch(b.images.clone(), b.labels_B.clone(), None if b.soft_UK is None else b.soft_UK.clone()) for b in batches]
+
+
+def collect_after_killing_a_worker(batches: TrainingBatches) -> None:
+    for number, _ in enumerate(batches):
+        if number == 0:
+            multiprocessing.active_children()[0].kill()
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -185,8 +198,52 @@ def test_a_selection_of_another_pool_is_refused(tmp_path: Path) -> None:
 def test_workers_are_started_when_they_are_worth_it_and_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = RuntimeConfig(num_loader_workers=3)
 
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=1, shared_bytes=0) == 0
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, shared_bytes=0) == 3
-    assert ml.data._count_workers(runtime, num_steps=2, seconds=100, shared_bytes=0) == 2
+    assert ml.data._count_workers(runtime, num_steps=100, seconds=1, cache_bytes=0, batch_bytes=0) == 0
+    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, cache_bytes=0, batch_bytes=0) == 3
+    assert ml.data._count_workers(runtime, num_steps=2, seconds=100, cache_bytes=0, batch_bytes=0) == 2
     monkeypatch.setattr(ml.data, "_SHARED_MEMORY", Path("/"))
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, shared_bytes=10**18) == 0
+    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, cache_bytes=10**18, batch_bytes=0) == 0
+
+
+def test_a_killed_worker_is_noticed_and_leaving_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
+    batches = build_batches(tmp_path / "d", stop_step=1000, runtime=RuntimeConfig(num_loader_workers=2))
+
+    with batches, pytest.raises(RuntimeError, match="worker died with exit code -9"):
+        collect_after_killing_a_worker(batches)
+
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_when_the_training_process_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import multiprocessing, os, signal
+from pathlib import Path
+import ml.data
+from ml.config import RuntimeConfig
+from tests.ml.test_data import build_batches
+
+if __name__ == "__main__":
+    ml.data._WORTH_A_WORKER_SECONDS = 0
+    next(iter(build_batches(Path({str(tmp_path / "d")!r}), stop_step=100000, runtime=RuntimeConfig(num_loader_workers=1))))
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(Path.cwd())}
+    )
+
+    worker = int(done.stdout)
+    limit = time.monotonic() + 20
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_a_worker_reaches_no_torch() -> None:
+    code = "import ml.views, sys; sys.exit(any(name in sys.modules for name in ('torch', 'timm')))"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

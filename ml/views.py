@@ -1,0 +1,170 @@
+"""What goes into a step, as numpy: which images, under which noise, with which targets. A function of the seed and the step.
+
+No torch: a worker process that decodes and augments starts in half a second and stays small. `ml.data` makes tensors of it.
+
+B labeled images of a step, U pseudo-labeled images of a step, K classes, H W C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ml.config import ImageConfig, NoiseConfig
+from ml.determinism import ReusedGenerator, permutation
+from ml.errors import BadImage, DataError
+from ml.pixels import read_image, weak_image
+from ml.selection import SelectedLabels
+from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ImageStream:
+    """An endless, stateless stream over a list of images: every epoch visits each `repeats` times in a new order.
+
+    Position p belongs to epoch p // N, where N counts the repeats.
+    """
+
+    def __init__(self, name: str, seed: int, repeats: npt.NDArray[np.int64]) -> None:
+        if len(repeats) == 0 or repeats.min() < 1:
+            raise DataError(f"the {name} stream has no images")
+        self.name, self.seed = name, seed
+        self._ends = np.cumsum(repeats)
+
+    def __len__(self) -> int:
+        """Positions of an epoch."""
+        return int(self._ends[-1])
+
+    def places(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(image, epoch, number in the epoch) of the positions from `start` up to `stop`; the last two name its noise."""
+        places = []
+        for position in range(start, stop):
+            epoch, at = divmod(position, len(self))
+            number = int(permutation(len(self), self.seed, epoch, self.name)[at])
+            places.append((int(np.searchsorted(self._ends, number, side="right")), epoch, number))
+        return places
+
+
+@dataclass(slots=True)
+class StrongViews:
+    """Strong views of a list of files.
+
+    `cache` and `filled` are memory that workers may share, for small images: decoded squares, and whether each is there.
+    It fills on first use. Two who fill one place at once write the same bytes.
+    """
+
+    paths: list[str]
+    config: ImageConfig
+    noise: NoiseConfig
+    cache: Any = None
+    filled: Any = None
+
+    def strong(self, index: int, generator: np.random.Generator) -> Bytes:
+        """HWC; BadImage, naming the file, when it has vanished or changed."""
+        if not self.config.small_images:
+            return strong_view(self._read(index), self.config, self.noise, generator)
+        if self.cache is None:
+            return strong_view_of_small(self._square(index), self.config, self.noise, generator)
+        filled = np.frombuffer(self.filled, np.uint8)
+        squares = np.frombuffer(self.cache, np.uint8).reshape(-1, self.config.size, self.config.size, 3)
+        if not filled[index]:
+            squares[index] = self._square(index)
+            filled[index] = 1
+        return strong_view_of_small(squares[index], self.config, self.noise, generator)
+
+    def _square(self, index: int) -> Bytes:
+        return np.asarray(weak_image(self._read(index), training_preprocessing(self.config)))
+
+    def _read(self, index: int) -> Image.Image:
+        try:
+            return read_image(self.paths[index])
+        except BadImage as error:
+            raise BadImage(f"{self.paths[index]}: {error}", status=error.status, path=self.paths[index]) from error
+
+
+@dataclass(slots=True)
+class Source:
+    """One of the two sources of a step."""
+
+    stream: ImageStream
+    views: StrongViews
+    size: int
+    """Images a step."""
+
+
+class Targets(NamedTuple):
+    """What the images of a step are to be."""
+
+    labels_B: npt.NDArray[np.int64]
+    soft_UK: npt.NDArray[np.float32] | None
+
+
+@dataclass(slots=True)
+class Steps:
+    """Step number -> its images and targets."""
+
+    labeled: Source
+    labels: npt.NDArray[np.int64]
+    unlabeled: Source | None
+    selected: SelectedLabels | None
+    _generators: ReusedGenerator | None = field(default=None, init=False)
+
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a step's images, [B + U, H, W, C]."""
+        size = self.labeled.views.config.size
+        return self.labeled.size + (self.unlabeled.size if self.unlabeled else 0), size, size, 3
+
+    def fill(self, step: int, images: Bytes) -> Targets:
+        """Write the step's strong views into `images` [B + U, H, W, C], labeled first, and return its targets."""
+        if self._generators is None:
+            # Made where it is used: it cannot travel to a worker.
+            self._generators = ReusedGenerator()
+        place = 0
+        rows: list[list[int]] = []
+        for source in [self.labeled] if self.unlabeled is None else [self.labeled, self.unlabeled]:
+            stream = source.stream
+            places = stream.places(step * source.size, (step + 1) * source.size)
+            for index, epoch, number in places:
+                images[place] = source.views.strong(index, self._generators(stream.seed, "noise", stream.name, epoch, number))
+                place += 1
+            rows.append([index for index, _, _ in places])
+        soft_UK = None if self.selected is None else self.selected.soft(np.array(rows[1], dtype=np.int64))
+        return Targets(self.labels[rows[0]], soft_UK)
+
+
+class Broken(NamedTuple):
+    """A file that cannot be read any more, on its way out of a worker."""
+
+    path: str
+    status: str
+    message: str
+
+
+def work(steps: Steps, numbers: Sequence[int], slots: list[Any], line: Connection) -> None:
+    """A worker's life: for each step number, wait for the number of a free slot, fill it, send the targets.
+
+    Ends when the steps are done, after a broken file, or when the other end of the line is gone, however it went.
+    """
+    # The training process answers signals, after a checkpoint; until then it needs its workers.
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    views = [np.frombuffer(slot, np.uint8).reshape(steps.shape()) for slot in slots]
+    try:
+        for step in numbers:
+            images = views[line.recv()]
+            try:
+                line.send(steps.fill(step, images))
+            except BadImage as error:
+                line.send(Broken(error.details["path"], error.status, str(error)))
+                return
+    except (EOFError, ConnectionError):
+        return
