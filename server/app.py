@@ -11,7 +11,22 @@ from fastapi import APIRouter, FastAPI
 from core.errors import SetupError
 from core.settings import Settings
 from core.version import VERSION
-from server import health
+from server import (
+    api_keys,
+    batch_predictions,
+    datasets,
+    docs,
+    generations,
+    health,
+    iterations,
+    jobs,
+    predict,
+    promotions,
+    pseudo_labels,
+    recipes,
+    runs,
+    workers,
+)
 from server.auth import Authentication
 from server.dependencies import Services
 from server.errors import install_error_handlers
@@ -20,7 +35,20 @@ from server.limits import BodyLimits
 from server.openapi import DESCRIPTION, TAGS, install_openapi
 
 ROUTERS: list[APIRouter] = [
+    datasets.router,
+    recipes.router,
+    runs.router,
+    iterations.router,
+    pseudo_labels.router,
+    generations.router,
+    promotions.router,
+    predict.router,
+    batch_predictions.router,
+    jobs.router,
+    workers.router,
+    api_keys.router,
     health.router,
+    docs.router,
 ]
 
 
@@ -54,6 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _make_lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        services.serving.start()
         yield
         services.progress.stop()
         services.close()

@@ -1,0 +1,89 @@
+"""`python -m server`: the API alone, on the address of the settings. `noisy-student up` starts this as one of its children."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from core.errors import PortInUse, SetupError
+from core.logs import configure_logs, get_log
+from core.settings import Settings
+from server.app import create_app
+from server.progress import ProgressHub
+from server.protocol import GuardedProtocol
+
+MAX_CONNECTIONS = 2000
+GRACE_SECONDS = 10
+BACKLOG = 256
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn, whose first signal also ends the event streams (they would hold the end back until its timeout), and whose exit is clean."""
+
+    def __init__(self, config: uvicorn.Config, streams: ProgressHub) -> None:
+        super().__init__(config)
+        self.streams = streams
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
+        """Wind down; a second signal does not wait. uvicorn's own would raise the signal again and end with its number."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.streams.stop)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember the loop, which the signal handler needs."""
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen, or PortInUse in one line."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise PortInUse(f"cannot listen on {host}:{port}: {error.strerror}; choose another NOISY_STUDENT_PORT") from error
+    return listener
+
+
+def main() -> int:
+    """Serve until SIGTERM or Ctrl-C; 2 when the process cannot start."""
+    settings = Settings()
+    configure_logs(json_lines=not sys.stderr.isatty())
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        listener = open_socket(settings.host, settings.port)
+        app = create_app(settings)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    config = uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+    )
+    get_log().info("server.started", host=settings.host, port=settings.port)
+    ApiServer(config, app.state.services.progress).run(sockets=[listener])
+    get_log().info("server.stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
