@@ -41,7 +41,7 @@ class CeleryQueue:
 
 
 def make_celery(redis_url: str) -> Celery:
-    """The one Celery configuration: ack early, prefetch 1, JSON, no results, no remote control (ADR 0002)."""
+    """The one Celery configuration: ack early, prefetch 1, JSON, no results, no remote control (docs/decisions/0001)."""
     from celery import Celery
 
     app = Celery("noisy-student", broker=redis_url)

@@ -14,7 +14,7 @@ from server.errors import PROBLEMS
 from tests.architecture.sources import room_sources
 
 # The attempt's outermost frame, and the server's last resort.
-MAY_CATCH_EVERYTHING = {"server/frame.py::RequestFrame.__call__", "workers/attempt.py::main"}
+MAY_CATCH_EVERYTHING = {"server/frame.py::RequestFrame.__call__", "workers/attempt.py::Attempt._do"}
 
 
 def classes_of(module: ModuleType) -> list[type[Exception]]:

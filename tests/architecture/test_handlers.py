@@ -6,7 +6,21 @@ import ast
 
 from tests.architecture.sources import room_sources
 
-MAY_BE_ASYNC = {"server.events", "server.jobs", "server.runs", "server.progress", "server.predictions", "server.serving"}
+MAY_BE_ASYNC = {
+    # Event streams, and answers that wait for one: they sleep most of their time.
+    "server.jobs.follow_job",
+    "server.runs.read_run_events",
+    # The predictor's door counts, queues and refuses without a thread each.
+    "server.predict.predict",
+    "server.predict.predict_images",
+    "server.predict.predict_json",
+    # Alive, and able to show its documentation, also while every thread is busy.
+    "server.health.get_liveness",
+    "server.docs.go_to_docs",
+    "server.docs.get_docs",
+    "server.docs.get_docs_asset",
+    "server.docs.get_problem",
+}
 VERBS = {"get", "post", "put", "patch", "delete", "head"}
 
 
@@ -26,7 +40,7 @@ def test_only_streams_and_the_predictors_door_are_async() -> None:
     asynchronous = {f"{module}.{name}" for module, name, node in found if isinstance(node, ast.AsyncFunctionDef)}
 
     assert found
-    assert asynchronous == set()
+    assert asynchronous <= MAY_BE_ASYNC
 
 
 def test_workers_and_core_are_synchronous() -> None:

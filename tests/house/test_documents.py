@@ -56,7 +56,9 @@ def test_every_guard_exists(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_every_file_that_a_document_names_exists(document: Path) -> None:
-    named = re.findall(r"`((?:core|ml|server|workers|cli|migrations|tests|bench|docs|requirements)/[\w./-]+)(?:::\w+)?`", document.read_text("utf-8"))
+    named = re.findall(
+        r"`((?:core|ml|server|workers|cli|migrations|tests|bench|docs|requirements)/[\w./-]+)(?:::\w+)?`", document.read_text("utf-8")
+    )
 
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
