@@ -15,7 +15,8 @@ from starlette.types import Scope
 
 from core import errors
 from core.logs import get_log
-from ml.errors import MlError, RecipeError, UnknownArchitecture
+from ml import errors as ml_errors
+from ml.errors import MlError, RecipeError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -48,9 +49,25 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     errors.DataDirectoryRefused: (500, "data_directory_refused"),
     errors.PortInUse: (500, "port_in_use"),
     errors.SchemaMismatch: (503, "schema_mismatch"),
-    MlError: (422, "invalid_request"),
-    RecipeError: (422, "invalid_recipe"),
-    UnknownArchitecture: (422, "unknown_architecture"),
+    ml_errors.MlError: (422, "invalid_request"),
+    ml_errors.RecipeError: (422, "invalid_recipe"),
+    ml_errors.UnknownArchitecture: (422, "unknown_architecture"),
+    ml_errors.DataError: (422, "invalid_data"),
+    ml_errors.NoImages: (422, "no_images"),
+    ml_errors.BadImage: (422, "bad_image"),
+    ml_errors.ClassMismatch: (422, "class_mismatch"),
+    ml_errors.Leakage: (422, "leakage"),
+    ml_errors.TooFewLabels: (422, "too_few_labels"),
+    ml_errors.SelectionError: (422, "selection_failed"),
+    ml_errors.NothingSelected: (422, "nothing_selected"),
+    ml_errors.PoolTooSmall: (422, "pool_too_small"),
+    ml_errors.WeightsError: (422, "weights_refused"),
+    # The rest happens in attempts; should one ever surface here, it says what it is.
+    ml_errors.CheckpointDamaged: (500, "checkpoint_damaged"),
+    ml_errors.Diverged: (500, "diverged"),
+    ml_errors.OutOfMemory: (503, "out_of_memory"),
+    ml_errors.DiskFull: (507, "storage_full"),
+    ml_errors.Interrupted: (503, "interrupted"),
 }
 """Status and code of each error class; a class that is missing here would be answered as its parent."""
 
