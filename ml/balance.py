@@ -20,6 +20,7 @@ from ml.config import SelectionConfig
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
+_BLOCK = 1 << 20
 _ONE = 0x3C00
 """The bits of 1.0 in half precision."""
 
@@ -211,9 +212,24 @@ def _hash_limits(
         asked_classes.append(classes[asked].astype(np.int32))
         asked_hashes.append(chunk.hashes(rows[asked]))
     of_classes, hashes = np.concatenate(asked_classes), np.concatenate(asked_hashes)
+    ends = _sort_blocks(of_classes, hashes, len(cut_K))
     for k in np.flatnonzero(chosen_K):
-        of_class = hashes[of_classes == k]
+        of_class = np.concatenate([hashes[start:stop] for start, stop in zip(ends[:, k], ends[:, k + 1], strict=True)])
         limit = np.partition(of_class, chosen_K[k] - 1)[chosen_K[k] - 1]
         hash_K[k] = limit
         equal_K[k] = chosen_K[k] - (of_class < limit).sum()
     return hash_K, equal_K
+
+
+def _sort_blocks(classes: npt.NDArray[np.int32], hashes: Hashes, num_classes: int) -> Ints:
+    """Sort `hashes` by class in place, block by block: all at once would need their memory again.
+
+    Block b's hashes of class k then lie from [b, k] to [b, k + 1] of what is returned.
+    """
+    ends = []
+    for start in range(0, len(classes), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        hashes[block] = hashes[block][np.argsort(classes[block], kind="stable")]
+        counts_K = np.bincount(classes[block], minlength=num_classes)
+        ends.append(start + np.concatenate([[0], counts_K.cumsum()]))
+    return np.stack(ends)

@@ -51,7 +51,8 @@ def torch_seed(seed: int, *words: Word) -> int:
     return int.from_bytes(_hash(seed, words, 8), "little") >> 1
 
 
-@lru_cache(maxsize=8)
+# Two streams, each on the border of two epochs.
+@lru_cache(maxsize=4)
 def permutation(num: int, seed: int, epoch: int, stream: str = "") -> npt.NDArray[np.int64]:
     """The order of `num` things in this epoch; read-only, computed once per process and epoch."""
     order = generator_for(seed, "permutation", stream, epoch).permutation(num)
