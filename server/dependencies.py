@@ -16,6 +16,7 @@ from server.auth import KeyRing, Principal
 from server.metrics import Metrics
 from server.pages import Cursors
 from server.progress import ProgressHub
+from server.serving import Serving
 from server.strict_json import StrictRoute
 
 API = "/api/v1"
@@ -31,6 +32,7 @@ class Services:
         self.keys = KeyRing(self.database)
         self.metrics = Metrics()
         self.progress = ProgressHub(self.database)
+        self.serving = Serving(settings, self.database, self.storage)
         self._cursors: Cursors | None = None
         self._lock = threading.Lock()
 
@@ -52,7 +54,8 @@ class Services:
                 return get_shared_secret(session, "cursors")
 
     def close(self) -> None:
-        """Give connections back."""
+        """Stop answering, give connections back."""
+        self.serving.close()
         self.database.close()
 
 

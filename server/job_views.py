@@ -125,7 +125,7 @@ def live_workers(session: Session, settings: Settings) -> sa.Select[Worker]:
 def _why_they_wait(session: Session, queued: Sequence[Job], settings: Settings) -> dict[str, str]:
     moment = now(session)
     runs = {job.run_id for job in queued if job.run_id is not None}
-    status_of_run = dict(session.execute(sa.select(Run.id, Run.status).where(Run.id.in_(runs))).tuples().all()) if runs else {}
+    status_of_run = dict(session.execute(sa.select(Run.id, Run.status).where(Run.id.in_(runs))).all()) if runs else {}
     capabilities = {name for worker in session.scalars(live_workers(session, settings)) for name in worker.capabilities}
     reasons = {}
     for job in queued:

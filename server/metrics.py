@@ -40,10 +40,10 @@ class Metrics:
 
     def read_rows(self, session: Session) -> None:
         """Set what the database knows."""
-        jobs = dict(session.execute(sa.select(Job.status, sa.func.count()).group_by(Job.status)).tuples().all())
+        jobs = dict(session.execute(sa.select(Job.status, sa.func.count()).group_by(Job.status)).all())
         for status in JOB_STATUSES:
             self.jobs.labels(status).set(jobs.get(status, 0))
-        runs = dict(session.execute(sa.select(Run.status, sa.func.count()).group_by(Run.status)).tuples().all())
+        runs = dict(session.execute(sa.select(Run.status, sa.func.count()).group_by(Run.status)).all())
         for status in RUN_STATUSES:
             self.runs.labels(status).set(runs.get(status, 0))
         waiting = sa.select(sa.func.count()).select_from(OutboxMessage).where(OutboxMessage.published_at.is_(None))

@@ -155,7 +155,7 @@ class ProgressHub:
                 ids = sorted({watch.row_id for watch in tuple(self._watches) if watch.source is source})
                 for start in range(0, len(ids), 500):
                     query = sa.select(table.id, table.num_events, table.status).where(table.id.in_(ids[start : start + 500]))
-                    marks |= {(source.noun, row_id): (number, status) for row_id, number, status in session.execute(query).tuples()}
+                    marks |= {(source.noun, row_id): (number, status) for row_id, number, status in session.execute(query)}
         return marks
 
     async def wait_for_end(self, source: Source, row_id: str, seconds: float) -> None:

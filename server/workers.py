@@ -62,7 +62,7 @@ def list_workers(services: ServicesDep, page: PageDep) -> Page[WorkerView]:
 def _running_jobs(session: Session, names: list[str]) -> dict[str, list[str]]:
     running: dict[str, list[str]] = defaultdict(list)
     query = sa.select(Job.lease_holder, Job.id).where(Job.status == "running", Job.lease_holder.in_(names)).order_by(Job.id)
-    for name, job_id in session.execute(query).tuples():
+    for name, job_id in session.execute(query):
         running[name or ""].append(job_id)
     return running
 
@@ -77,7 +77,7 @@ def list_queues(services: ServicesDep) -> Page[QueueView]:
     """A queue with jobs and no worker is why nothing happens."""
     with services.database.reading() as session:
         query = sa.select(Job.capability, Job.status, sa.func.count()).where(Job.status.in_(("queued", "running")))
-        counts = {(name, status): number for name, status, number in session.execute(query.group_by(Job.capability, Job.status)).tuples()}
+        counts = {(name, status): number for name, status, number in session.execute(query.group_by(Job.capability, Job.status))}
         workers = list(session.scalars(live_workers(session, services.settings)))
     names = {name for name, _ in counts} | {name for worker in workers for name in worker.capabilities}
     return Page(items=[_queue(name, counts, [worker for worker in workers if name in worker.capabilities]) for name in sorted(names)])

@@ -105,7 +105,7 @@ def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
 def count_label_jobs(session: Session, set_id: str) -> dict[str, int]:
     """How many of the set's labeling jobs have each status."""
     query = sa.select(Job.status, sa.func.count()).where(Job.pseudo_label_set_id == set_id, Job.kind == "label").group_by(Job.status)
-    return dict(session.execute(query).tuples().all())
+    return dict(session.execute(query).all())
 
 
 def list_shards(session: Session, set_id: str, *, purpose: str) -> list[Job]:

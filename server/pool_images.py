@@ -1,0 +1,44 @@
+"""One image of a dataset version as it lies in its folder, found through the manifest and checked against it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from core.errors import Conflict, NotFound
+
+_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"BM", "image/bmp"))
+
+
+def read_pool_image(manifest: Path, key: str) -> tuple[bytes, str]:
+    """The file's bytes and their media type; NotFound without such a key, Conflict when the file changed since it was read."""
+    row, root = _find_row(manifest, key)
+    path = (Path(root) / key).resolve()
+    if Path(root).resolve() not in path.parents:
+        raise NotFound(f"the image {key!r} lies outside of its dataset's folder")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Conflict(f"the image {key!r} cannot be read any more: {error.strerror}", key=key) from error
+    if hashlib.sha256(data).hexdigest() != row["digest"]:
+        raise Conflict(f"the image {key!r} was changed since its dataset version was read; add a new version", key=key)
+    return data, _media_type(data) if row["status"] == "ok" else "application/octet-stream"
+
+
+def _find_row(manifest: Path, key: str) -> tuple[dict[str, Any], str]:
+    import json
+
+    import pyarrow.parquet as pq
+
+    # Rows are sorted by key: the filter reads the one row group whose range of keys can hold it.
+    table = pq.read_table(manifest, columns=["key", "digest", "status"], filters=[("key", "=", key)], partitioning=None)
+    if table.num_rows == 0:
+        raise NotFound(f"there is no image {key!r} in this dataset version")
+    return table.slice(0, 1).to_pylist()[0], str(json.loads(table.schema.metadata[b"manifest"])["root"])
+
+
+def _media_type(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return next((media_type for magic, media_type in _TYPES if data.startswith(magic)), "application/octet-stream")

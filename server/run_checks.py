@@ -1,0 +1,208 @@
+"""What must hold before a run's row is written: the recipe fits the data, and no evaluation image sits in what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm import Session
+
+from core.db.datasets import get_ready_version
+from core.db.generations import get_generation
+from core.db.tables import DatasetVersion, Generation
+from core.errors import InvalidRequest, LeakageFound, NotFound
+from core.storage import Storage
+from ml.config import NetworkConfig, Recipe
+from ml.errors import RecipeError, TooFewLabels
+from ml.schedules import plan_training
+
+if TYPE_CHECKING:
+    from ml.manifest import Manifest
+
+MAX_KEYS_LISTED = 100
+_BATCH_ROWS = 262_144
+"""Rows of a pool's manifest that are looked at at a time: about 60 MB."""
+KINDS = {"labeled": "labeled", "unlabeled": "unlabeled", "validation": "evaluation", "test": "evaluation"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Versions:
+    """The dataset versions of one run."""
+
+    labeled: DatasetVersion
+    unlabeled: DatasetVersion
+    validation: DatasetVersion | None
+    test: DatasetVersion | None
+
+    def evaluation(self) -> dict[str, DatasetVersion]:
+        """Those that measure."""
+        return {name: version for name, version in (("validation", self.validation), ("test", self.test)) if version is not None}
+
+
+def find_versions(session: Session, references: Mapping[str, str | None]) -> Versions:
+    """Resolve each reference to a ready version of the kind that its role needs, with the labeled classes where it has classes."""
+    found: dict[str, DatasetVersion | None] = {}
+    for role, kind in KINDS.items():
+        reference = references[role]
+        pointer = f"/datasets/{role}"
+        try:
+            found[role] = None if reference is None else get_ready_version(session, reference, kind=kind, pointer=pointer)
+        except NotFound as error:
+            raise InvalidRequest(str(error), pointer=pointer) from error
+    versions = Versions(**found)  # type: ignore[arg-type]  # the schema makes labeled and unlabeled present
+    for role, version in versions.evaluation().items():
+        check_classes(version.class_names or [], of=f"the {role} images", labeled=versions.labeled, pointer=f"/datasets/{role}")
+    return versions
+
+
+def check_classes(class_names: list[str], *, of: str, labeled: DatasetVersion, pointer: str) -> None:
+    """InvalidRequest when something measures or guesses other classes than the labeled images have."""
+    mine = labeled.class_names or []
+    if sorted(class_names) == sorted(mine):
+        return
+    missing, foreign = sorted(set(mine) - set(class_names)), sorted(set(class_names) - set(mine))
+    parts = [f"without {', '.join(missing[:10])}"] if missing else []
+    parts += [f"with {', '.join(foreign[:10])}, which the labeled images lack"] if foreign else []
+    raise InvalidRequest(
+        f"the classes of {of} differ from those of the labeled images: {' and '.join(parts)}",
+        pointer=pointer,
+        missing=missing[:MAX_KEYS_LISTED],
+        foreign=foreign[:MAX_KEYS_LISTED],
+    )
+
+
+def find_initial_generation(session: Session, generation_id: str | None, labeled: DatasetVersion) -> Generation | None:
+    """The generation that takes generation 0's place; its classes must be the labeled ones."""
+    if generation_id is None:
+        return None
+    return find_labeler(session, generation_id, labeled, pointer="/initial_generation")
+
+
+def find_labeler(session: Session, generation_id: str, labeled: DatasetVersion, *, pointer: str) -> Generation:
+    """A generation that is there and guesses the labeled images' classes."""
+    try:
+        generation = get_generation(session, generation_id)
+    except NotFound as error:
+        raise InvalidRequest(str(error), pointer=pointer) from error
+    check_classes(generation.class_names, of=f"generation {generation_id}", labeled=labeled, pointer=pointer)
+    return generation
+
+
+def check_recipe_fits(session: Session, recipe: Recipe, versions: Versions, *, iterations: int, has_initial: bool) -> None:
+    """Refuse what would only fail hours later: too few labels, a pool below the cap, generations that do not exist."""
+    _check_labels(recipe, versions, iterations=iterations, has_initial=has_initial)
+    _check_pool(recipe, versions.unlabeled)
+    if recipe.teacher.network.initial_weights == "teacher":
+        raise RecipeError("generation 0 has no teacher to start from", pointer="/teacher/network/initial_weights")
+    networks = [("/teacher/network", recipe.teacher.network)]
+    networks += [(f"/students/{place}/network", student.network) for place, student in enumerate(recipe.students)]
+    for pointer, network in networks:
+        check_weights(session, network, pointer=f"/recipe{pointer}/initial_weights")
+    selection_model = recipe.labeling.selection_model
+    if selection_model is not None:
+        find_selection_model(session, selection_model, versions.labeled, pointer="/recipe/labeling/selection_model")
+
+
+def check_weights(session: Session, network: NetworkConfig, *, pointer: str) -> None:
+    """InvalidRequest when `generation:ID` names none."""
+    if network.initial_weights is not None and network.initial_weights.startswith("generation:"):
+        try:
+            get_generation(session, network.initial_weights.removeprefix("generation:"))
+        except NotFound as error:
+            raise InvalidRequest(str(error), pointer=pointer) from error
+
+
+def find_selection_model(session: Session, reference: str, labeled: DatasetVersion | None, *, pointer: str) -> Generation:
+    """The generation of `generation:ID`."""
+    kind, _, generation_id = reference.partition(":")
+    if kind != "generation" or not generation_id:
+        raise InvalidRequest(f"selection_model {reference!r} must be 'generation:ID'", pointer=pointer)
+    if labeled is not None:
+        return find_labeler(session, generation_id, labeled, pointer=pointer)
+    try:
+        return get_generation(session, generation_id)
+    except NotFound as error:
+        raise InvalidRequest(str(error), pointer=pointer) from error
+
+
+def _check_labels(recipe: Recipe, versions: Versions, *, iterations: int, has_initial: bool) -> None:
+    labeled = versions.labeled
+    num_training = labeled.num_usable or 0
+    if versions.validation is None:
+        counts: dict[str, int] = (labeled.report or {}).get("classes", {})
+        lonely = sorted(name for name, count in counts.items() if count < 2)
+        if lonely:
+            raise InvalidRequest(
+                f"without a validation dataset, each class needs two labeled images; {', '.join(lonely[:10])} have one",
+                pointer="/datasets/labeled",
+                classes=lonely[:MAX_KEYS_LISTED],
+            )
+        # At least one image of each class goes; how many exactly depends on duplicates, and the job counts them.
+        num_training -= max(len(counts), int(recipe.validation_ratio * num_training) - len(counts))
+    trainings = [] if has_initial else [("/recipe/teacher/training/batch_size", recipe.teacher.training)]
+    used = recipe.students[: min(max(iterations, 1), len(recipe.students))]
+    trainings += [(f"/recipe/students/{place}/training/batch_size", student.training) for place, student in enumerate(used)]
+    for pointer, training in trainings:
+        try:
+            plan_training(training, num_labeled=num_training, ratio=0, role="teacher")
+        except TooFewLabels as error:
+            raise InvalidRequest(str(error), pointer=pointer, **error.details) from error
+
+
+def _check_pool(recipe: Recipe, unlabeled: DatasetVersion) -> None:
+    cap = recipe.selection.cap_per_class
+    pool = int((unlabeled.num_usable or 0) * recipe.selection.sample_ratio)
+    if isinstance(cap, int) and cap > pool:
+        raise InvalidRequest(
+            f"cap_per_class {cap} asks for more images of each class than the pool's {pool} usable ones; lower it, or add images",
+            pointer="/recipe/selection/cap_per_class",
+            num_usable=pool,
+        )
+
+
+def check_leakage(storage: Storage, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]) -> None:
+    """LeakageFound when an evaluation image, by file or by pixels, also sits in what is trained on. Reads manifests, so: no transaction."""
+    if not evaluation:
+        return
+    from ml.ingestion import find_leakage
+    from ml.manifest import Manifest
+
+    measured = [Manifest.read(_manifest_path(storage, version)) for version in evaluation.values()]
+    names = list(evaluation)
+    keys: list[dict[str, Any]] = []
+    num_keys = 0
+    for other, version in others.items():
+        for part in _parts(_manifest_path(storage, version)):
+            findings = find_leakage(measured, [part])
+            num_keys += len(findings)
+            listed = findings[: MAX_KEYS_LISTED - len(keys)]
+            keys += [found | {"evaluation": names[found["evaluation"]], "other": other} for found in listed]
+    if num_keys:
+        first = keys[0]
+        raise LeakageFound(
+            f"{num_keys} images of {' and '.join(sorted({key['other'] for key in keys}))} are also evaluation images, "
+            f"for example {first['other']} {first['other_key']!r} is {first['evaluation']} {first['key']!r} by {first['by']}: "
+            "remove them from either side",
+            pointer=f"/datasets/{first['evaluation']}",
+            keys=keys,
+            num_keys=num_keys,
+        )
+
+
+def _manifest_path(storage: Storage, version: DatasetVersion) -> Path:
+    assert version.manifest_digest is not None
+    return storage.fetch(version.manifest_digest)
+
+
+def _parts(path: Path) -> Iterator[Manifest]:
+    """The manifest in pieces that hold only what leakage asks for: a pool may have a hundred million rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ml.manifest import Manifest
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["key", "digest", "pixel_digest", "status"]):
+            yield Manifest("", "unlabeled", (), pa.Table.from_batches([batch]))
