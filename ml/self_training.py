@@ -11,8 +11,7 @@ from typing import Any
 
 from ml.config import Recipe, StudentConfig
 from ml.errors import RecipeError
-from ml.recipes import merge_config
-from ml.recipes.architectures import check_architecture
+from ml.recipes import check_network, merge_config
 from ml.validation import build, to_dict
 
 
@@ -77,7 +76,7 @@ def next_iteration(
     student = recipe.students[min(iteration, len(recipe.students)) - 1]
     if overrides:
         student = build(StudentConfig, merge_config(to_dict(student), overrides))
-        check_architecture(student.network.architecture)
+        check_network(student.network, "/network")
     return IterationPlan(
         iteration=iteration,
         teacher=teacher or history[-1].id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml.config import Recipe
+from ml.config import NetworkConfig, Recipe
 from ml.errors import RecipeError
 from ml.recipes.architectures import check_architecture
 from ml.recipes.paper import paper_recipe
@@ -72,15 +72,22 @@ def _check_architectures(recipe: Recipe) -> None:
     networks = [("/teacher/network", recipe.teacher.network)]
     networks += [(f"/students/{index}/network", student.network) for index, student in enumerate(recipe.students)]
     for pointer, network in networks:
-        try:
-            check_architecture(network.architecture)
-        except RecipeError as error:
-            raise type(error)(f"{pointer}: {error}", pointer=pointer + error.pointer) from None
-        weights = network.initial_weights
-        if weights is not None:
-            problem = weights_problem(weights)
-            if problem:
-                raise RecipeError(f"{pointer}: initial_weights {problem}", pointer=f"{pointer}/initial_weights")
+        check_network(network, pointer)
+
+
+def check_network(network: NetworkConfig, pointer: str) -> None:
+    """RecipeError, below `pointer`, unless timm has the architecture and the initial weights can be meant."""
+    try:
+        check_architecture(network.architecture)
+    except RecipeError as error:
+        raise type(error)(f"{pointer}: {error}", pointer=pointer + error.pointer, **_without_pointer(error.details)) from None
+    problem = None if network.initial_weights is None else weights_problem(network.initial_weights)
+    if problem:
+        raise RecipeError(f"{pointer}: initial_weights {problem}", pointer=f"{pointer}/initial_weights")
+
+
+def _without_pointer(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in details.items() if name != "pointer"}
 
 
 def weights_problem(weights: str) -> str | None:

@@ -1,0 +1,1 @@
+"""The API through HTTP, on a migrated database and real files."""
