@@ -218,10 +218,10 @@ def split(manifest: Manifest, shares: Mapping[str, Share], seed: int) -> dict[st
     return parts
 
 
-def _check_shares(shares: Mapping[str, Share]) -> None:
+def _check_shares(shares: Mapping[str, Any]) -> None:
     numbers = [share for share in shares.values() if share != "rest"]
     wrong = [share for share in numbers if isinstance(share, str) or share <= 0 or (share > 1 and share != int(share))]
-    fractions = [float(share) for share in numbers if not isinstance(share, str) and share < 1]
+    fractions = [share for share in numbers if not isinstance(share, str) and share < 1]
     # 1.0 alone is the whole; the whole number 1 is one image of each class.
     if not shares or wrong or len(shares) - len(numbers) > 1 or sum(fractions) > 1 + 1e-9:
         raise DataError(

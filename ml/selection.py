@@ -81,10 +81,9 @@ def select(task: SelectionTask, on_event: OnEvent = ignore, should_stop: ShouldS
     if reader.num_rows != (num_pool := count_rows(task.unlabeled)):
         raise DataError(f"the shards label {reader.num_rows} images, the pool has {num_pool}: label the rest first")
     report: dict[str, Any] = {"num_pool": num_pool}
-    if task.keep_keys_of is not None:
-        kept = SelectedLabels.read(task.keep_keys_of)
+    kept = None if task.keep_keys_of is None else SelectedLabels.read(task.keep_keys_of)
+    if kept is not None:
         parts = _labels_of(_Chosen(kept.keys(), kept.repeats), reader)
-        report["kept_from"] = task.keep_keys_of
     else:
         voters = _Shards(task.selection_shards, task.class_names, on_event, should_stop) if task.selection_shards else reader
         vote = _Vote(task, voters)
@@ -92,6 +91,8 @@ def select(task: SelectionTask, on_event: OnEvent = ignore, should_stop: ShouldS
         parts = _labels_of(vote.chosen(), reader) if task.selection_shards else vote.picked(None)
     with written_aside(Path(task.output)) as aside:
         report |= _write(aside, parts, task.class_names)
+        if kept is not None:
+            report["num_missing"] = len(kept) - report["num_unique"]
         # The table comes last: whoever finds it finds a finished selection.
         write_bytes(Path(f"{task.output}.json"), json.dumps(report, indent=1, allow_nan=False).encode())
     return report
