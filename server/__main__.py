@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import sys
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from core.errors import PortInUse, SetupError
 from core.logs import configure_logs, get_log
@@ -57,17 +57,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def main() -> int:
-    """Serve until SIGTERM or Ctrl-C; 2 when the process cannot start."""
-    settings = Settings()
-    configure_logs(json_lines=not sys.stderr.isatty())
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        listener = open_socket(settings.host, settings.port)
-        app = create_app(settings)
-    except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def make_server(app: FastAPI) -> ApiServer:
+    """The server with its deadlines and caps."""
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,
@@ -79,8 +70,21 @@ def main() -> int:
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
     )
+    return ApiServer(config, app.state.services.progress)
+
+
+def main() -> int:
+    """Serve until SIGTERM or Ctrl-C; 2 when the process cannot start."""
+    settings = Settings()
+    configure_logs(json_lines=not sys.stderr.isatty())
+    try:
+        listener = open_socket(settings.host, settings.port)
+        app = create_app(settings)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     get_log().info("server.started", host=settings.host, port=settings.port)
-    ApiServer(config, app.state.services.progress).run(sockets=[listener])
+    make_server(app).run(sockets=[listener])
     get_log().info("server.stopped")
     return 0
 
