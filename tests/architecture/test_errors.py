@@ -13,8 +13,12 @@ import ml.errors
 from server.errors import PROBLEMS
 from tests.architecture.sources import room_sources
 
-# The attempt's outermost frame, and the server's last resort.
-MAY_CATCH_EVERYTHING = {"server/frame.py::RequestFrame.__call__", "workers/attempt.py::Attempt._do"}
+# The server's last resort, and the attempt's outermost frame on both ends of its pipe: in the child, and in the slot that follows it.
+MAY_CATCH_EVERYTHING = {
+    "server/frame.py::RequestFrame.__call__",
+    "workers/attempt.py::Attempt._do",
+    "workers/slots.py::Slot._run_job",
+}
 
 
 def classes_of(module: ModuleType) -> list[type[Exception]]:
