@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,20 @@ COLUMNS = ("key", "status", "class", "confidence", "repeat")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemFilter:
-    """Which guesses; None does not filter."""
+    """Which guesses; None does not filter. Limits are compared in fp16, like those of selection."""
 
     class_name: str | None = None
     min_confidence: float | None = None
     max_confidence: float | None = None
     selected: bool | None = None
+
+    def in_half_precision(self) -> ItemFilter:
+        """The same filter with limits that a stored confidence can have."""
+        return replace(self, min_confidence=_half(self.min_confidence), max_confidence=_half(self.max_confidence))
+
+
+def _half(value: float | None) -> float | None:
+    return None if value is None else float(struct.unpack("<e", struct.pack("<e", value))[0])
 
 
 def read_items(
@@ -32,6 +41,7 @@ def read_items(
     """
     import pyarrow.parquet as pq
 
+    wanted = wanted.in_half_precision()
     found: list[dict[str, Any]] = []
     with pq.ParquetFile(path) as file:
         first = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from ml.ingestion import scan
 from ml.pixels import Preprocessing
 from server.app import create_app
 from server.dependencies import Services
-from tests.ml.builders_images import image_bytes
 
 COLORS = ("blue", "green", "red")
 PREPROCESSING = Preprocessing(
@@ -79,18 +78,6 @@ def running_service(directory: Path, **settings: Any) -> Iterator[Service]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-def write_folder(folder: Path, classes: Mapping[str, int] | int, *, first: int = 0) -> Path:
-    """Class folders with so many pictures each, or one flat folder of them; `first` numbers the pictures, so other numbers differ."""
-    number = first
-    groups = {"": classes} if isinstance(classes, int) else classes
-    for hue, (name, count) in enumerate(groups.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for _ in range(count):
-            (folder / name / f"{number:05}.png").write_bytes(image_bytes(number, hue=hue))
-            number += 1
-    return folder
 
 
 def add_dataset(service: Service, name: str, kind: Any, folder: Path, *, ready: bool = True) -> str:

@@ -14,8 +14,8 @@ from PIL import Image
 from core.db.runs import list_open_jobs
 from core.db.tables import Iteration, Job, Run
 from ml.recipes import merge_config
-from tests.ml.builders_images import image_bytes
-from tests.server.builders_service import Service, add_dataset, add_generation, running_service, set_run, write_folder
+from tests.ml.builders_images import image_bytes, write_class_folders, write_flat_folder
+from tests.server.builders_service import Service, add_dataset, add_generation, running_service, set_run
 
 CLASSES = {"blue": 4, "green": 4, "red": 4}
 SMALL: dict[str, Any] = {
@@ -29,10 +29,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with ready datasets: labeled, pool (40 images), validation, test. Tests add rows of their own beside them."""
     folder = tmp_path_factory.mktemp("service")
     with running_service(folder) as service:
-        add_dataset(service, "labeled", "labeled", write_folder(folder / "labeled", CLASSES))
-        add_dataset(service, "pool", "unlabeled", write_folder(folder / "pool", 40, first=100))
-        add_dataset(service, "validation", "evaluation", write_folder(folder / "validation", CLASSES, first=200))
-        add_dataset(service, "test", "evaluation", write_folder(folder / "test", CLASSES, first=300))
+        add_dataset(service, "labeled", "labeled", write_class_folders(folder / "labeled", CLASSES))
+        add_dataset(service, "pool", "unlabeled", write_flat_folder(folder / "pool", 40, first=100))
+        add_dataset(service, "validation", "evaluation", write_class_folders(folder / "validation", CLASSES, first=200))
+        add_dataset(service, "test", "evaluation", write_class_folders(folder / "test", CLASSES, first=300))
         yield service
 
 
@@ -72,7 +72,7 @@ def test_a_run_is_accepted_with_its_first_job_and_its_complete_recipe(data: Serv
 
 
 def test_a_pool_that_holds_a_test_file_is_refused_with_both_keys(data: Service) -> None:
-    folder = write_folder(data.directory / "leaky-pool", 5, first=400)
+    folder = write_flat_folder(data.directory / "leaky-pool", 5, first=400)
     shutil.copy(data.directory / "test" / "red" / "00308.png", folder / "copied.png")
     add_dataset(data, "leaky-pool", "unlabeled", folder)
     before = num_runs(data)
@@ -86,7 +86,7 @@ def test_a_pool_that_holds_a_test_file_is_refused_with_both_keys(data: Service) 
 
 
 def test_labeled_pixels_of_a_validation_image_in_another_file_format_are_refused(data: Service) -> None:
-    folder = write_folder(data.directory / "leaky", CLASSES)
+    folder = write_class_folders(data.directory / "leaky", CLASSES)
     with Image.open(data.directory / "validation" / "blue" / "00200.png") as image:
         image.save(folder / "blue" / "other.bmp")
     add_dataset(data, "leaky", "labeled", folder)
@@ -98,7 +98,7 @@ def test_labeled_pixels_of_a_validation_image_in_another_file_format_are_refused
 
 
 def test_a_hundred_leaking_keys_are_listed_and_all_are_counted(data: Service) -> None:
-    folder = write_folder(data.directory / "many", {"blue": 40, "green": 40, "red": 40}, first=1000)
+    folder = write_class_folders(data.directory / "many", {"blue": 40, "green": 40, "red": 40}, first=1000)
     flat = data.directory / "flat"
     flat.mkdir()
     for path in folder.rglob("*.png"):
@@ -113,7 +113,7 @@ def test_a_hundred_leaking_keys_are_listed_and_all_are_counted(data: Service) ->
 
 
 def test_evaluation_classes_must_be_the_labeled_ones(data: Service) -> None:
-    add_dataset(data, "other", "evaluation", write_folder(data.directory / "other", {"blue": 2, "green": 2, "yellow": 2}, first=500))
+    add_dataset(data, "other", "evaluation", write_class_folders(data.directory / "other", {"blue": 2, "green": 2, "yellow": 2}, first=500))
 
     problem = refusal(ask(data, datasets={"test": "other"}), 422, "invalid_request", "/datasets/test")
 
@@ -185,7 +185,7 @@ def test_json_that_says_two_things_or_nothing_is_refused(data: Service, body: by
 
 
 def test_without_validation_a_class_with_one_labeled_image_is_refused(data: Service) -> None:
-    folder = write_folder(data.directory / "lonely", {"blue": 8, "green": 8, "red": 1}, first=700)
+    folder = write_class_folders(data.directory / "lonely", {"blue": 8, "green": 8, "red": 1}, first=700)
     add_dataset(data, "lonely", "labeled", folder)
 
     problem = refusal(ask(data, datasets={"labeled": "lonely", "validation": None}), 422, "invalid_request", "/datasets/labeled")
@@ -281,7 +281,7 @@ def test_one_more_iteration_may_name_teacher_ratio_noise_and_pool(data: Service)
     own, other = add_generation(data), add_generation(data)
     finish_iteration_0(data, run, own)
     set_run(data, run, status="completed")
-    add_dataset(data, "larger", "unlabeled", write_folder(data.directory / "larger", 50, first=2000))
+    add_dataset(data, "larger", "unlabeled", write_flat_folder(data.directory / "larger", 50, first=2000))
 
     body = {"teacher": other, "ratio": 2, "noise": {"dropout": 0.25}, "unlabeled": "larger"}
     response = data.post(f"/runs/{run}/iterations", body)
@@ -321,7 +321,7 @@ def test_an_iteration_that_cannot_work_is_refused_at_its_field(data: Service, bo
 def test_a_newer_pool_may_not_leak_either(data: Service) -> None:
     run = ask(data, iterations="manual").json()["id"]
     finish_iteration_0(data, run, add_generation(data))
-    folder = write_folder(data.directory / "newer", 5, first=3000)
+    folder = write_flat_folder(data.directory / "newer", 5, first=3000)
     (folder / "leak.png").write_bytes(image_bytes(300, hue=0))
     add_dataset(data, "newer", "unlabeled", folder)
 
