@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from fastapi import Response
+from fastapi import Body, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
@@ -68,7 +68,12 @@ def list_run_iterations(run_id: str, services: ServicesDep) -> IterationList:
     response_model=IterationView,
     responses=problems(404, 409, 413, 415),
 )
-def start_one_iteration(run_id: str, services: ServicesDep, once: OnceDep, body: IterationRequest | None = None) -> Response:
+def start_one_iteration(
+    run_id: str,
+    services: ServicesDep,
+    once: OnceDep,
+    body: Annotated[IterationRequest | None, Body(examples=[_EXAMPLE])] = None,
+) -> Response:
     """The newest generation labels the pool, and a student learns from it. 409 while another iteration is in progress."""
     body = body or IterationRequest()
     with services.database.reading() as session:

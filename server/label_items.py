@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,8 @@ def _pass(table: pa.Table, class_names: Sequence[str], wanted: ItemFilter, *, fi
     if wanted.selected is not None:
         compare = pc.greater if wanted.selected else pc.equal
         conditions.append(compare(table.column("repeat"), 0))
-    for condition in conditions:
-        table = table.append_column("passes", pc.fill_null(condition, fill_value=False))
-        table = table.filter(table.column("passes")).drop_columns("passes")
-    return table
+    # A row without a guess compares as null, and a filter drops null.
+    return table.filter(reduce(pc.and_, conditions)) if conditions else table
 
 
 def _named(row: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import Header, Path, Response
+from fastapi import Body, Header, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.db.generations import get_generation
@@ -62,7 +62,7 @@ class PromotionRequest(BaseModel):
 class RollbackRequest(BaseModel):
     """Why the alias goes back."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"reason": "complaints about roses"}]})
+    model_config = ConfigDict(extra="forbid")
 
     reason: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
 
@@ -179,7 +179,7 @@ def rollback(
     services: ServicesDep,
     principal: PrincipalDep,
     response: Response,
-    body: RollbackRequest | None = None,
+    body: Annotated[RollbackRequest | None, Body(examples=[{"reason": "complaints about roses"}])] = None,
     if_match: IfMatch = None,
 ) -> AliasView:
     """To the generation before the last promotion, without a gate. Once more goes one promotion further back."""
