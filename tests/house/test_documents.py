@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from cli.main import app
 from tests.architecture.sources import REPOSITORY, all_sources
 
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
@@ -71,6 +75,25 @@ def test_every_make_verb_that_a_document_names_exists(document: Path) -> None:
     assert {verb for verb in VERBS | named if not re.search(rf"^{verb}:", makefile, flags=re.MULTILINE)} == set()
 
 
+def shell_lines(document: Path) -> list[str]:
+    """Commands of the document's shell blocks, one a line, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if shell_lines(document)], ids=relative)
+def test_every_noisy_student_command_of_a_document_parses(document: Path) -> None:
+    found = [re.match(r"(?:docker compose exec api )?noisy-student (.*)", line) for line in shell_lines(document)]
+
+    for line in [match[1] for match in found if match]:
+        # $(…) stands for files that the shell would put there.
+        words = shlex.split(re.sub(r"\$\([^)]*\)", "file.jpg", line), comments=True)
+        command: Any = get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, words)
+
+
 def test_files_that_are_not_python_are_packaged() -> None:
     patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     packaged = {path for room, globs in patterns.items() for glob in globs for path in (REPOSITORY / room).glob(glob)}
@@ -78,7 +101,7 @@ def test_files_that_are_not_python_are_packaged() -> None:
         path
         for room in ("core", "ml", "server", "workers", "cli")
         for path in (REPOSITORY / room).rglob("*")
-        if path.is_file() and path.suffix not in {".py", ".pyc", ".md"}
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".md"} and not any(part.startswith(".") for part in path.parts)
     }
 
     assert {relative(path) for path in wanted - packaged} == set()
