@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import threading
 import time
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
@@ -134,6 +136,7 @@ class Authentication:
         if needed is None:
             return None
         if not self.required:
+            _refuse_other_sites(scope)
             return ANYBODY
         principal = await self.keys.find(_bearer(scope))
         if principal is None:
@@ -141,6 +144,29 @@ class Authentication:
         if not principal.may(needed):
             raise Forbidden(f"API key {principal.name!r} lacks the scope {needed}", scope=needed)
         return principal
+
+
+def _refuse_other_sites(scope: Scope) -> None:
+    """Without keys, a page of another site in a browser on this machine must not be able to send anything here."""
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host = headers.get(b"host", "localhost")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        name = ""
+    if not is_loopback(name):
+        raise Forbidden(f"keys are off, and then the address must be one of this machine, not {host[:200]!r}")
+    origin = headers.get(b"origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise Forbidden(f"keys are off, and then pages of other sites ({origin[:200]}) may not ask anything")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can mean that address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bearer(scope: Scope) -> str:

@@ -69,7 +69,7 @@ def make_app(directory: Path, **values: Any) -> FastAPI:
 def api_in_process(directory: Path, **values: Any) -> Iterator[Api]:
     """Requests go straight into the app."""
     app = make_app(directory, **values)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield Api(app, client, app.state.services)
 
 

@@ -114,3 +114,19 @@ def test_an_unknown_scope_is_refused_with_the_known_ones(api: Api) -> None:
 def test_keys_can_be_switched_off_on_loopback_only(tmp_path: Path, host: str) -> None:
     with pytest.raises(SetupError, match="loopback"):
         create_app(Settings(data_directory=tmp_path, require_keys=False, host=host))
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, 200),
+        ({"Origin": "https://example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "example.org"}, 403),
+        ({"Host": "[::1"}, 403),
+    ],
+)
+def test_without_keys_other_sites_in_a_browser_may_ask_nothing(tmp_path: Path, headers: dict[str, str], status: int) -> None:
+    with api_in_process(tmp_path, require_keys=False) as api:
+        assert api.client.get("/api/v1/jobs", headers=headers).status_code == status

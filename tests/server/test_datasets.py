@@ -1,0 +1,205 @@
+"""Datasets over HTTP: registered below the roots, versioned, split, and read file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from core.db.datasets import add_version, create_dataset, finish_version
+from core.db.tables import Dataset, Job
+from ml.manifest import COLUMNS, Manifest
+from tests.server.builders import Api, add_ready_version, api_in_process
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    with api_in_process(tmp_path, dataset_roots=(tmp_path / "root",)) as running:
+        (tmp_path / "root" / "images").mkdir(parents=True)
+        yield running
+
+
+def register(api: Api, folder: Path | str, *, name: str = "flowers", kind: str = "labeled") -> Any:
+    return api.client.post("/api/v1/datasets", json={"name": name, "kind": kind, "source": {"folder": str(folder)}})
+
+
+def add_manifest(api: Api, directory: Path, num_images: int) -> str:
+    """A ready version with so many files, each third one broken."""
+    base = dict.fromkeys(COLUMNS) | {"digest": "d" * 64, "class_name": "a", "bytes": 10}
+    rows = [
+        base | {"key": f"a/{n:05}.png", "status": "undecodable"} if n % 3 == 0 else base | {"key": f"a/{n:05}.png", "status": "ok"}
+        for n in range(num_images)
+    ]
+    manifest = Manifest.from_rows(rows, root=directory, kind="labeled")
+    manifest.write(directory / "manifest.parquet")
+    facts = api.services.storage.put(directory / "manifest.parquet")
+    with api.database.transaction() as session:
+        version, _ = add_version(session, create_dataset(session, name="many", kind="labeled"), source={"folder": "/x"}, ingest=False)
+        counts = {"num_images": num_images, "num_usable": num_images * 2 // 3, "class_names": ["a"]}
+        finish_version(session, version.id, manifest=facts | counts, report={})
+        return version.id
+
+
+def test_registering_a_folder_starts_the_job_that_reads_it(api: Api, tmp_path: Path) -> None:
+    answer = register(api, tmp_path / "root" / "images")
+
+    job = answer.json()
+    assert (answer.status_code, answer.headers["location"], answer.headers["retry-after"]) == (202, f"/api/v1/jobs/{job['id']}", "1")
+    dataset = api.client.get("/api/v1/datasets/flowers").json()
+    version = dataset["latest_version"]
+    assert version["id"] == job["resources"]["dataset_version_id"]
+    assert (version["number"], version["status"], version["job_id"]) == (1, "pending", job["id"])
+    assert version["source"] == {"folder": str(tmp_path / "root" / "images")}
+    assert api.client.get(f"/api/v1/datasets/{dataset['id']}").json() == dataset
+    assert api.client.get(f"/api/v1/dataset-versions/{version['id']}").json() == version
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["relative", "/", "/etc", "{root}/missing", "{root}/../outside", "{root}/link", "{root}/file", "{root}/" + "x" * 300, "{root}/loop"],
+)
+def test_a_folder_outside_the_roots_or_missing_is_refused(api: Api, tmp_path: Path, folder: str) -> None:
+    root = tmp_path / "root"
+    (tmp_path / "outside").mkdir()
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "file").write_text("no folder")
+
+    answer = register(api, folder.format(root=root))
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "folder_refused")
+    assert answer.json()["errors"][0]["pointer"] == "/source/folder"
+    with api.database.reading() as session:
+        assert session.scalar(sa.select(sa.func.count()).select_from(Dataset)) == 0
+
+
+def test_a_zero_character_in_a_path_is_refused(api: Api) -> None:
+    assert register(api, "/data\0/x").status_code == 422
+
+
+def test_a_taken_name_is_refused(api: Api, tmp_path: Path) -> None:
+    register(api, tmp_path / "root" / "images")
+
+    answer = register(api, tmp_path / "root" / "images", kind="unlabeled")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "already_exists")
+    assert answer.json()["errors"][0]["pointer"] == "/name"
+
+
+def test_a_further_version_leaves_the_first_as_it_is(api: Api, tmp_path: Path) -> None:
+    folder = {"source": {"folder": str(tmp_path / "root" / "images")}}
+    register(api, tmp_path / "root" / "images")
+
+    answer = api.client.post("/api/v1/datasets/flowers/versions", json=folder)
+
+    assert answer.status_code == 202
+    numbers = [version["number"] for version in api.client.get("/api/v1/datasets/flowers/versions").json()["items"]]
+    assert numbers == [2, 1]
+    assert api.client.get("/api/v1/dataset-versions/flowers:1").json()["number"] == 1
+    assert api.client.get("/api/v1/datasets").json()["items"][0]["latest_version"]["number"] == 2
+
+
+def test_datasets_are_listed_by_kind(api: Api) -> None:
+    for name, kind in (("a", "labeled"), ("b", "unlabeled"), ("c", "evaluation")):
+        add_ready_version(api.database, name, kind)
+
+    assert [one["name"] for one in api.client.get("/api/v1/datasets").json()["items"]] == ["c", "b", "a"]
+    assert [one["name"] for one in api.client.get("/api/v1/datasets?kind=unlabeled").json()["items"]] == ["b"]
+
+
+def test_a_split_makes_a_dataset_per_part_and_one_job(api: Api) -> None:
+    source = add_ready_version(api.database, "flowers", "labeled")
+    shares = {"labeled": 200, "validation": 0.1, "test": 0.25, "unlabeled": "rest"}
+
+    answer = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": shares, "seed": 7, "name_prefix": "mine"})
+
+    assert answer.status_code == 202
+    parts = answer.json()["resources"]["dataset_version_ids"]
+    made = {part: api.client.get(f"/api/v1/datasets/mine-{part}").json() for part in shares}
+    assert {part: one["kind"] for part, one in made.items()} == {
+        "labeled": "labeled",
+        "validation": "evaluation",
+        "test": "evaluation",
+        "unlabeled": "unlabeled",
+    }
+    assert {part: one["latest_version"]["id"] for part, one in made.items()} == parts
+    with api.database.reading() as session:
+        job = session.get_one(Job, answer.json()["id"])
+        assert job.input["source_version_id"] == source.id
+        assert {part: target["share"] for part, target in job.input["targets"].items()} == shares
+        assert job.input["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {},
+        {"labeled": 0},
+        {"labeled": -1},
+        {"labeled": 1.5},
+        {"labeled": "all"},
+        {"labeled": True},
+        {"training": 0.5},
+        {"labeled": 0.6, "test": 0.6},
+        {"labeled": "rest", "test": "rest"},
+    ],
+)
+def test_impossible_shares_are_refused(api: Api, shares: dict[str, Any]) -> None:
+    add_ready_version(api.database, "flowers", "labeled")
+
+    answer = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": shares})
+
+    assert answer.status_code == 422
+    assert "/shares" in str(answer.json()["errors"]) or "share" in answer.json()["detail"] or "rest" in answer.json()["detail"]
+
+
+def test_only_ready_folders_of_classes_can_be_split(api: Api, tmp_path: Path) -> None:
+    add_ready_version(api.database, "pool", "unlabeled")
+    register(api, tmp_path / "root" / "images")
+
+    pool = api.client.post("/api/v1/datasets/pool/splits", json={"shares": {"labeled": 0.5}})
+    pending = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 0.5}})
+
+    assert (pool.status_code, pending.status_code, pending.json()["code"]) == (422, 409, "not_ready")
+
+
+def test_a_versions_files_are_read_in_pages(api: Api, tmp_path: Path) -> None:
+    version_id = add_manifest(api, tmp_path, 25)
+    seen, cursor = [], None
+    while True:
+        query = {"limit": "7"} | ({"cursor": cursor} if cursor else {})
+        page = api.client.get(f"/api/v1/dataset-versions/{version_id}/images", params=query).json()
+        seen += [image["key"] for image in page["items"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+
+    assert seen == [f"a/{number:05}.png" for number in range(25)]
+
+
+def test_a_versions_broken_files_are_found(api: Api, tmp_path: Path) -> None:
+    version_id = add_manifest(api, tmp_path, 12)
+
+    page = api.client.get(f"/api/v1/dataset-versions/{version_id}/images?status=undecodable").json()
+
+    assert [image["key"] for image in page["items"]] == [f"a/{number:05}.png" for number in (0, 3, 6, 9)]
+    assert {image["status"] for image in page["items"]} == {"undecodable"}
+
+
+def test_the_files_of_a_version_that_is_not_ready_are_not_there_yet(api: Api, tmp_path: Path) -> None:
+    version_id = register(api, tmp_path / "root" / "images").json()["resources"]["dataset_version_id"]
+
+    answer = api.client.get(f"/api/v1/dataset-versions/{version_id}/images")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "not_ready")
+
+
+def test_presets_are_shown_complete(api: Api) -> None:
+    presets = {one["name"]: one["recipe"] for one in api.client.get("/api/v1/recipes").json()["items"]}
+
+    assert {"digits", "small-32px", "photos-224", "paper-l2"} <= set(presets)
+    assert api.client.get("/api/v1/recipes/digits").json()["recipe"] == presets["digits"]
+    assert api.client.get("/api/v1/recipes/nothing").status_code == 404
