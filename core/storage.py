@@ -10,8 +10,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,8 @@ class Storage(Protocol):
     def fetch(self, digest: str) -> Path:
         """A local path of the file, not to be written to; StorageDamaged when it is missing."""
 
-    def remove(self, digest: str) -> None:
-        """Forget the file; nothing happens when it is not there."""
+    def remove(self, digest: str, *, unless_touched_within_seconds: float = 0) -> None:
+        """Forget the file; nothing happens when it is not there, or when somebody kept it again that recently."""
 
     def list_old(self, *, older_than_seconds: float, now_seconds: float) -> Iterator[str]:
         """Digests of files that were stored longer ago than that."""
@@ -83,9 +84,13 @@ class LocalStorage:
             raise StorageDamaged(f"the stored file {digest} is missing", digest=digest)
         return path
 
-    def remove(self, digest: str) -> None:
+    def remove(self, digest: str, *, unless_touched_within_seconds: float = 0) -> None:
         """Unlink it."""
-        self._path(digest).unlink(missing_ok=True)
+        path = self._path(digest)
+        with suppress(FileNotFoundError):
+            # A sweep looked at names a while ago; whoever kept the file since then is about to name it.
+            if time.time() - path.stat().st_mtime >= unless_touched_within_seconds:
+                path.unlink()
 
     def list_old(self, *, older_than_seconds: float, now_seconds: float) -> Iterator[str]:
         """By modification time; half-written files of dead processes are removed on the way."""

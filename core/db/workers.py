@@ -68,8 +68,9 @@ def release_singleton(session: Session, name: str, *, holder: str) -> None:
 
 
 def list_unpublished(session: Session, *, limit: int) -> list[OutboxMessage]:
-    """Hints not yet published, oldest first; locked against other relays on PostgreSQL."""
-    query = sa.select(OutboxMessage).where(OutboxMessage.published_at.is_(None)).order_by(OutboxMessage.id).limit(limit)
+    """Hints not yet published, oldest first; locked against other relays on PostgreSQL. Those of a job that pauses wait with it."""
+    pausing = sa.exists().where(Job.id == OutboxMessage.job_id, Job.not_before > now(session))
+    query = sa.select(OutboxMessage).where(OutboxMessage.published_at.is_(None), ~pausing).order_by(OutboxMessage.id).limit(limit)
     return list(session.scalars(query.with_for_update(skip_locked=True)))
 
 

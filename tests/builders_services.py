@@ -1,0 +1,142 @@
+"""Real services on this machine: PostgreSQL and Redis, started for a test session and gone with it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import redis
+
+_PR_SET_PDEATHSIG = 1
+START_SECONDS = 30.0
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float = 20.0, what: str = "the condition") -> Any:
+    """Ask until the answer is true, and return it; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_tests() -> None:
+    # A test run that is killed leaves no server behind. Nothing is loaded here: only the forking thread lives in this moment.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _find_postgresql(program: str) -> str:
+    found = [*sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), reverse=True), *map(Path, filter(None, [shutil.which(program)]))]
+    assert found, f"PostgreSQL's {program} is missing: install the package `postgresql`; these tests need the real one"
+    return str(found[0])
+
+
+def _unprivileged_user() -> str | None:
+    """PostgreSQL refuses to run as root."""
+    if os.getuid() != 0:
+        return None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in known else "nobody"
+
+
+def _running_as(user: str | None) -> dict[str, Any]:
+    return {} if user is None else {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+
+
+@contextmanager
+def running_postgresql() -> Iterator[str]:
+    """A server of its own; yields a directory of its socket. Its data is never flushed to the disk: it lives for one session."""
+    # Sockets have short names, so the folder of the test may be too deep.
+    directory = Path(tempfile.mkdtemp(prefix="nss-pg-", dir="/tmp"))
+    user = _unprivileged_user()
+    if user is not None:
+        shutil.chown(directory, user)
+    data = directory / "data"
+    initdb = [_find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
+    server = [_find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
+    server += ["-c", "max_connections=200", "-c", "shared_buffers=32MB"]
+    process = None
+    try:
+        subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **_running_as(user))
+        with (directory / "log").open("wb") as log:
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": _die_with_tests}
+            process = subprocess.Popen(server, **options, **_running_as(user))
+        wait_until(lambda: _postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
+        yield str(directory)
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGQUIT)
+            process.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _postgresql_answers(directory: Path, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, (directory / "log").read_text()
+    try:
+        psycopg.connect(host=str(directory), user="postgres", dbname="postgres").close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def postgresql_url(directory: str, name: str) -> str:
+    """As NOISY_STUDENT_DATABASE_URL takes it."""
+    return f"postgresql://postgres@/{name}?host={directory}"
+
+
+def create_database(directory: str, name: str, *, template: str = "template1") -> str:
+    """A new database on the server; its URL."""
+    with psycopg.connect(host=directory, user="postgres", dbname="postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
+    return postgresql_url(directory, name)
+
+
+@contextmanager
+def running_redis() -> Iterator[str]:
+    """A server of its own on loopback; yields its URL."""
+    program = shutil.which("redis-server")
+    assert program is not None, "redis-server is missing: install the package `redis-server`; these tests need the real one"
+    with tempfile.TemporaryDirectory(prefix="nss-redis-") as directory:
+        port = free_port()
+        options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--appendonly", "yes"]
+        with (Path(directory) / "log").open("wb") as log:
+            process = subprocess.Popen([program, *options], stdout=log, stderr=log, preexec_fn=_die_with_tests)  # noqa: PLW1509
+        try:
+            url = f"redis://127.0.0.1:{port}/0"
+            wait_until(lambda: _redis_answers(url), seconds=START_SECONDS, what="Redis's start")
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _redis_answers(url: str) -> bool:
+    client = redis.Redis.from_url(url)
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+    finally:
+        client.close()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Facts about workers: nothing lost, nothing twice."""

@@ -1,0 +1,1 @@
+"""Celery's edge and the supervisor: hints in, one child process per attempt, leases, housekeeping. No tensors, no web."""

@@ -1,0 +1,52 @@
+"""`celery -A workers.app worker -Q cpu`: on any host a full worker, whose capabilities are the queues that it consumes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from celery import signals
+
+from core.errors import SetupError
+from core.logs import configure_logs, get_log
+from core.queue import make_celery
+from core.settings import Settings
+from workers import tasks
+from workers.worker import FullWorker
+
+settings = Settings()
+app = make_celery(settings.redis_url or "redis://127.0.0.1:6379/0")
+# Supervisor and task live in one process: a forked one would have neither the slots nor the database.
+app.conf.update(worker_pool="threads", worker_concurrency=settings.slots)
+_worker: FullWorker | None = None
+
+
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+def start(sender: Any, **_: Any) -> None:
+    """Celery consumes: begin to work. A worker that cannot start ends with status 2."""
+    global _worker
+    configure_logs(json_lines=not sys.stderr.isatty())
+    capabilities = tuple(sorted(sender.app.amqp.queues.consume_from))
+    try:
+        _worker = FullWorker(settings, capabilities=capabilities)
+    except SetupError as error:
+        get_log().error("worker.cannot_start", error=error.message)
+        raise SystemExit(2) from error
+    _worker.start()
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def begin_to_stop(**_: Any) -> None:
+    """The first signal came: attempts write their checkpoints while Celery winds down."""
+    if _worker is not None:
+        _worker.supervisor.stopping.set()
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def stop(**_: Any) -> None:
+    """Celery has ended: wait until everything is handed over."""
+    if _worker is not None:
+        _worker.stop()
+
+
+run_job = tasks.register(app, lambda: _worker.supervisor if _worker is not None else None)

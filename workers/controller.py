@@ -1,0 +1,248 @@
+"""The iteration controller: what the rows say should happen next, and doing it in one transaction.
+
+`decide` is a pure function of a few counts; it runs after every job that ends and in housekeeping, on any number of workers.
+A row lock on the run (or set) and the unique (run, iteration, step, part) make doing it twice impossible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from core.db.datasets import get_version
+from core.db.pseudo_labels import enqueue_selection
+from core.db.runs import enqueue_training, last_iteration, list_iterations, move_run, start_iteration
+from core.db.session import Database, now
+from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run
+from core.logs import get_log
+from ml.config import Recipe
+from ml.self_training import GenerationRecord, Stop, next_iteration
+from ml.validation import build
+
+Move = Literal["select", "train", "finish", "next", "fail"]
+Counts = dict[str, dict[str, int]]
+"""Step (of a run) or kind (of a set) → status → number of jobs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What the rows say of a run and its newest iteration; all that `decide` looks at."""
+
+    run_status: str
+    number: int
+    phase: str
+    control: bool = False
+    set_status: str | None = None
+    jobs: Counts = field(default_factory=dict)
+
+    def all_succeeded(self, step: str) -> bool:
+        """There are jobs of this step, and each has succeeded."""
+        return set(self.jobs.get(step, ())) == {"succeeded"}
+
+
+def decide(facts: Facts) -> Move | None:
+    """The next move of a run, None while there is nothing to do but wait."""
+    if facts.run_status != "active":
+        return None
+    if facts.phase == "done":
+        return "next"
+    if facts.phase in ("failed", "canceled"):
+        return None
+    if has_trouble(facts.jobs):
+        return "fail"
+    if facts.number == 0:
+        return "finish" if facts.all_succeeded("train-teacher") else None
+    if facts.set_status == "labeling":
+        return "select" if facts.all_succeeded("label") else None
+    if facts.set_status != "ready":
+        return None
+    if "train-student" not in facts.jobs:
+        return "train"
+    complete = facts.all_succeeded("train-student") and (not facts.control or facts.all_succeeded("train-control"))
+    return "finish" if complete else None
+
+
+def decide_set(status: str, jobs: Counts) -> Move | None:
+    """The next move of a pseudo-label set that belongs to no run."""
+    if status not in ("labeling", "selecting"):
+        return None
+    if has_trouble(jobs):
+        return "fail"
+    return "select" if status == "labeling" and set(jobs.get("label", ())) == {"succeeded"} else None
+
+
+def has_trouble(jobs: Counts) -> bool:
+    """Whether some job has failed or was canceled for good."""
+    return any({"failed", "canceled"} & set(statuses) for statuses in jobs.values())
+
+
+def advance_all(database: Database) -> None:
+    """Move on whatever can be: active runs, sets of their own, dataset versions whose job came to nothing."""
+    open_sets = PseudoLabelSet.status.in_(("labeling", "selecting"))
+    with database.reading() as session:
+        runs = list(session.scalars(sa.select(Run.id).where(Run.status == "active")))
+        sets = list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id.is_(None), open_sets)))
+        versions = list(session.scalars(_versions_without_hope()))
+    for run_id in runs:
+        advance_run(database, run_id)
+    for set_id in sets:
+        advance_set(database, set_id)
+    if versions:
+        with database.transaction() as session:
+            query = sa.update(DatasetVersion).where(DatasetVersion.id.in_(_versions_without_hope().scalar_subquery()))
+            session.execute(query.values(status="failed").execution_options(synchronize_session=False))
+
+
+def _versions_without_hope() -> sa.Select[str]:
+    ended = sa.select(Job.id).where(Job.status.in_(("failed", "canceled")))
+    return sa.select(DatasetVersion.id).where(DatasetVersion.status == "pending", DatasetVersion.job_id.in_(ended))
+
+
+def advance_run(database: Database, run_id: str) -> bool:
+    """Make every move that the run's rows allow; False when there was none."""
+    with database.reading() as session:
+        if decide(read_facts(session, run_id)) is None:
+            return False
+    with database.transaction() as session:
+        run = session.get_one(Run, run_id, with_for_update=True, populate_existing=True)
+        while (move := decide(read_facts(session, run_id))) is not None:
+            iteration = last_iteration(session, run_id)
+            _MOVES[move](session, run, iteration)
+            session.flush()
+            get_log().info("controller.moved", run_id=run_id, iteration=iteration.number, move=move)
+    return True
+
+
+def read_facts(session: Session, run_id: str) -> Facts:
+    """A handful of counts, however many shards there are."""
+    run = session.get_one(Run, run_id, populate_existing=True)
+    iteration = last_iteration(session, run_id)
+    of_iteration = (Job.run_id == run_id, Job.iteration == iteration.number)
+    set_id = iteration.pseudo_label_set_id
+    return Facts(
+        run_status=run.status,
+        number=iteration.number,
+        phase=iteration.phase,
+        control=bool(iteration.plan.get("control")),
+        set_status=session.scalar(sa.select(PseudoLabelSet.status).where(PseudoLabelSet.id == set_id)) if set_id else None,
+        jobs=_count(session, Job.step, *of_iteration),
+    )
+
+
+def _count(session: Session, column: Any, *where: Any) -> Counts:
+    counts: Counts = defaultdict(dict)
+    query = sa.select(column, Job.status, sa.func.count()).where(*where).group_by(column, Job.status)
+    for word, status, number in session.execute(query).tuples():
+        counts[word or ""][status] = number
+    return dict(counts)
+
+
+def _select(session: Session, _run: Run, iteration: Iteration) -> None:
+    row = session.get_one(PseudoLabelSet, iteration.pseudo_label_set_id)
+    enqueue_selection(session, row)
+    iteration.phase = "selecting"
+
+
+def _train(session: Session, run: Run, iteration: Iteration) -> None:
+    iteration.phase = "training"
+    enqueue_training(session, run, iteration, role="student")
+    if iteration.plan.get("control"):
+        enqueue_training(session, run, iteration, role="control")
+
+
+def _finish(session: Session, _run: Run, iteration: Iteration) -> None:
+    iteration.phase, iteration.finished_at = "done", now(session)
+
+
+def _fail(session: Session, run: Run, iteration: Iteration) -> None:
+    """One job came to nothing: iteration, set and run say so. A retry of that job makes them active again."""
+    job = _first_in_trouble(session, Job.run_id == run.id, Job.iteration == iteration.number)
+    error = _run_error(job)
+    iteration.phase, iteration.finished_at = job.status, now(session)
+    if iteration.pseudo_label_set_id is not None and job.kind in ("label", "select"):
+        row = session.get_one(PseudoLabelSet, iteration.pseudo_label_set_id)
+        row.status, row.finished_at = job.status, now(session)
+    session.flush()
+    move_run(session, run.id, "failed", error=error)
+
+
+def _first_in_trouble(session: Session, *where: Any) -> Job:
+    """Failed ones first: they say more than a canceled one."""
+    query = sa.select(Job).where(*where, Job.status.in_(("failed", "canceled"))).order_by(Job.status.desc(), Job.id).limit(1)
+    return session.scalars(query).one()
+
+
+def _run_error(job: Job) -> dict[str, Any]:
+    if job.status == "canceled":
+        return {"job_id": job.id, "code": "job.canceled", "message": f"job {job.id} ({job.step}) was canceled; retry it to go on"}
+    error = job.error or {}
+    facts = {"job_id": job.id, "code": error.get("code", "job.failed"), "message": error.get("message", "")}
+    return facts | {name: error[name] for name in ("step", "details") if name in error}
+
+
+def _next(session: Session, run: Run, iteration: Iteration) -> None:
+    """The iteration is done: start the one that follows, or complete the run."""
+    if iteration.number >= run.iterations_wanted:
+        move_run(session, run.id, "completed", stop_reason="iterations.done")
+        return
+    recipe = build(Recipe, run.recipe)
+    iterations = list_iterations(session, run.id)
+    decision = next_iteration(_history(session, iterations), recipe, wanted=run.iterations_wanted)
+    if isinstance(decision, Stop):
+        move_run(session, run.id, "completed", stop_reason=decision.code)
+        return
+    start_iteration(
+        session,
+        run,
+        plan=decision.to_dict(),
+        teacher_generation_id=decision.teacher,
+        unlabeled=get_version(session, run.unlabeled_version_id),
+        keep_keys_of_set_id=None if recipe.selection.reselect else _set_to_keep(run, iterations),
+    )
+
+
+def _history(session: Session, iterations: list[Iteration]) -> list[GenerationRecord]:
+    """Generation k at index k. One that was imported without validation figures compares with nothing: NaN."""
+    records = []
+    for iteration in iterations:
+        if iteration.phase != "done":
+            continue
+        generation = session.get_one(Generation, iteration.generation_id)
+        top1 = (generation.metrics.get("validation") or {}).get("top1", math.nan)
+        records.append(GenerationRecord(id=generation.id, validation_top1=top1, num_parameters=generation.num_parameters))
+    return records
+
+
+def _set_to_keep(run: Run, iterations: list[Iteration]) -> str | None:
+    """The first selection over the run's pool, whose images stay chosen."""
+    sets = [row.pseudo_label_set_id for row in iterations if row.phase == "done" and row.unlabeled_version_id == run.unlabeled_version_id]
+    return next((set_id for set_id in sets if set_id is not None), None)
+
+
+_MOVES = {"select": _select, "train": _train, "finish": _finish, "next": _next, "fail": _fail}
+
+
+def advance_set(database: Database, set_id: str) -> bool:
+    """Make the next move of a set that belongs to no run; False when there was none."""
+    with database.reading() as session:
+        if _decide_set_row(session, session.get_one(PseudoLabelSet, set_id)) is None:
+            return False
+    with database.transaction() as session:
+        row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+        move = _decide_set_row(session, row)
+        if move == "select":
+            enqueue_selection(session, row)
+        elif move == "fail":
+            row.status = _first_in_trouble(session, Job.pseudo_label_set_id == set_id).status
+            row.finished_at = now(session)
+        get_log().info("controller.moved", pseudo_label_set_id=set_id, move=move)
+        return move is not None
+
+
+def _decide_set_row(session: Session, row: PseudoLabelSet) -> Move | None:
+    return decide_set(row.status, _count(session, Job.kind, Job.pseudo_label_set_id == row.id))

@@ -1,0 +1,39 @@
+"""Label one shard of a pool with one generation, without noise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from ml.config import LabelingConfig
+from ml.tasks import LabelingTask
+from ml.validation import build
+from workers.jobs import Made, Work
+from workers.jobs.runtime import settle_runtime
+
+
+def run(work: Work) -> Made:
+    """Input: generation (folder), unlabeled (manifest), start, stop, labeling, runtime."""
+    runtime = settle_runtime(work, image_size=image_size(work.input["generation"]))
+    from ml.prediction import label
+
+    labeling = build(LabelingConfig, work.input["labeling"])
+    if work.halve_micro_batch:
+        labeling = replace(labeling, batch_size=max(1, labeling.batch_size // 2))
+    output = work.directory / "shard.parquet"
+    task = LabelingTask(
+        generation=work.input["generation"],
+        unlabeled=work.input["unlabeled"],
+        start=work.input["start"],
+        stop=work.input["stop"],
+        labeling=labeling,
+        runtime=runtime,
+        output=str(output),
+    )
+    return Made(files={output.name: output}, result=label(task, work.on_event, work.should_stop))
+
+
+def image_size(generation: str) -> int:
+    """Side in pixels of the images that an exported generation looks at."""
+    return int(json.loads((Path(generation) / "preprocessing.json").read_text(encoding="utf-8"))["size"])

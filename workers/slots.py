@@ -1,0 +1,267 @@
+"""A slot: one thread that claims one job after another and watches over the attempt's process."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import sqlalchemy as sa
+import sqlalchemy.exc
+from sqlalchemy.orm import Session
+
+from core.db import jobs
+from core.db.session import Database
+from core.db.tables import Job
+from core.errors import ServiceError, StorageError
+from core.logs import get_log
+from workers import outcomes
+from workers.child import Child
+from workers.progress import FLUSH_SECONDS, Reports
+
+if TYPE_CHECKING:
+    from workers.supervisor import Supervisor
+
+T = TypeVar("T")
+
+FINAL = ("result", "error", "interrupted")
+AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+"""What SQLAlchemy raises when the database cannot be reached, is locked for too long, or has no room."""
+_SURPRISE = {"class": "permanent", "code": "attempt.surprise", "message": "the worker could not make sense of this job; its log says why"}
+_LISTEN_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """One attempt while it runs."""
+
+    job: Job
+    child: Child
+    reports: Reports = field(default_factory=Reports)
+    looked_at: float = field(default_factory=time.monotonic)
+    beat_at: float = field(default_factory=time.monotonic)
+    stop_reason: str | None = None
+    """Why it was asked to stop; None while nobody wants that."""
+    stop_at: float = 0.0
+    fenced: bool = False
+
+
+class Slot(threading.Thread):
+    """Runs attempts one at a time. The process of a labeled shard is kept for the next shard of the same set."""
+
+    def __init__(self, supervisor: Supervisor, number: int) -> None:
+        super().__init__(name=f"slot-{number}", daemon=True)
+        self._supervisor = supervisor
+        self._settings = supervisor.settings
+        self._database: Database = supervisor.database
+        self._child: Child | None = None
+
+    def run(self) -> None:
+        """Claim and run until the supervisor stops. A surprise ends the worker: whoever started it starts a fresh one."""
+        try:
+            while not self._supervisor.stopping.is_set():
+                job = self._claim(job_id=self._supervisor.take_hint())
+                if job is None:
+                    self._supervisor.wait_for_hint()
+                while job is not None:
+                    job = self._run_job(job)
+        except Exception as error:
+            self._supervisor.report_crash(error)
+            raise
+        finally:
+            self._drop_child()
+
+    def _claim(self, *, job_id: str | None = None, set_id: str | None = None) -> Job | None:
+        """A job for this slot; None when there is none, or when the database is away (then it pauses)."""
+        supervisor = self._supervisor
+        try:
+            with self._database.transaction() as session:
+                held: dict[str, Any] = {
+                    "holder": supervisor.name,
+                    "capabilities": supervisor.capabilities,
+                    "lease_seconds": self._settings.lease_seconds,
+                }
+                if set_id is not None:
+                    return jobs.claim(session, **held, pseudo_label_set_id=set_id)
+                found = jobs.claim(session, **held, job_id=job_id) if job_id else None
+                return found or jobs.claim(session, **held)
+        except AWAY as error:
+            get_log().warning("database.away", doing="claim", error=str(error).splitlines()[0])
+            supervisor.stopping.wait(random.uniform(0.5, 1.5))
+            return None
+
+    def _run_job(self, job: Job) -> Job | None:
+        """Run one attempt to its end; returns the next shard of the same set when there is one."""
+        log = get_log().bind(job_id=job.id, kind=job.kind, attempt=job.attempt)
+        log.info("attempt.started", token=job.token)
+        watch = None
+        try:
+            request = self._supervisor.inputs.request(job)
+            watch = Watch(job, self._child or Child())
+            self._child = None
+            watch.child.send(request)
+            ended, done = self._follow(watch)
+        except ServiceError as error:
+            ended, done = self._fail(job, outcomes.describe_refusal(error), watch), False
+        except AWAY as error:
+            # Nothing was begun, or nothing can be told: the lease runs out and another attempt is made.
+            log.warning("database.away", doing="attempt", error=str(error).splitlines()[0])
+            ended, done = None, False
+        except Exception:  # the supervisor's side of an attempt's outermost frame: one odd job must not end the worker
+            log.exception("attempt.surprise")
+            ended, done = self._fail(job, dict(_SURPRISE), watch), False
+        keep = done and job.kind == "label" and job.pseudo_label_set_id is not None
+        if watch is not None and keep:
+            self._child = watch.child
+        elif watch is not None:
+            watch.child.kill()
+        log.info("attempt.ended", status=ended.status if ended else "fenced")
+        if ended is not None and ended.status == "succeeded":
+            shutil.rmtree(self._supervisor.inputs.directory(job.id), ignore_errors=True)
+        self._supervisor.job_ended(job)
+        following = self._claim(set_id=job.pseudo_label_set_id) if keep and not self._supervisor.stopping.is_set() else None
+        if following is None:
+            self._drop_child()
+        return following
+
+    def _drop_child(self) -> None:
+        # It waits for work and has nothing to lose; an orderly exit of torch would take seconds.
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def _follow(self, watch: Watch) -> tuple[Job | None, bool]:
+        """Listen until the attempt ends, and write how: (the job's row, None when fenced; whether the process can go on)."""
+        while True:
+            message = watch.child.next_message(_LISTEN_SECONDS)
+            if message is not None and message["type"] in FINAL:
+                return self._finish(watch, message)
+            if message is not None:
+                watch.reports.take(message)
+            elif watch.child.is_gone:
+                how = watch.child.kill()
+                if watch.stop_reason is not None:
+                    return self._interrupt(watch), False
+                lost = {"class": "retryable", "code": "attempt.lost", "message": f"the attempt's process {how}"}
+                return self._fail(watch.job, lost, watch), False
+            ended = self._tend(watch)
+            if watch.fenced or ended is not None:
+                watch.child.kill()
+                return ended, False
+
+    def _tend(self, watch: Watch) -> Job | None:
+        """Between two lines: write, keep the lease, stop or give up on the attempt. Returns the row when that ended it."""
+        now = time.monotonic()
+        silent = now - watch.reports.heard_at
+        if silent > self._settings.stall_seconds:
+            watch.child.kill()
+            message = f"the attempt was silent for {silent:.0f} seconds and was taken for hung"
+            return self._fail(watch.job, {"class": "retryable", "code": "attempt.stalled", "message": message}, watch)
+        if now - watch.looked_at >= min(FLUSH_SECONDS, self._settings.lease_seconds / 4):
+            watch.looked_at = now
+            self._look(watch, now)
+        if watch.fenced:
+            get_log().warning("attempt.fenced", job_id=watch.job.id, token=watch.job.token)
+            return None
+        if watch.stop_reason is None and self._supervisor.stopping.is_set():
+            self._ask_to_stop(watch, "worker.stopped")
+        if watch.stop_reason is not None and now > watch.stop_at + self._settings.grace_seconds:
+            watch.child.kill()
+            return self._interrupt(watch)
+        return None
+
+    def _look(self, watch: Watch, now: float) -> None:
+        """Once a second: write what was said, or keep the lease when it is time, or just read whether the job is still ours and wanted."""
+        try:
+            beat = now - watch.beat_at >= self._settings.lease_seconds / 4
+            if beat or not watch.reports.is_empty():
+                num_items = len(watch.reports.items)
+                with self._database.transaction() as session:
+                    row = outcomes.write_reports(session, watch.job, watch.reports, lease_seconds=self._settings.lease_seconds)
+                watch.reports.written(num_items)
+                watch.beat_at = now
+            else:
+                with self._database.reading() as session:
+                    held = sa.select(Job).where(Job.id == watch.job.id, Job.token == watch.job.token, Job.status == "running")
+                    row = session.scalar(held)
+        except AWAY as error:
+            # The attempt goes on: if the lease runs out meanwhile, the token decides.
+            get_log().warning("database.away", doing="heartbeat", job_id=watch.job.id, error=str(error).splitlines()[0])
+            return
+        watch.fenced = row is None
+        if row is not None and row.cancel_requested_at is not None and watch.stop_reason is None:
+            self._ask_to_stop(watch, "canceled")
+
+    def _ask_to_stop(self, watch: Watch, reason: str) -> None:
+        watch.stop_reason, watch.stop_at = reason, time.monotonic()
+        watch.child.ask_to_stop()
+
+    def _finish(self, watch: Watch, message: dict[str, Any]) -> tuple[Job | None, bool]:
+        """The attempt said its last line."""
+        if message["type"] == "interrupted":
+            return self._interrupt(watch), False
+        if message["type"] == "error":
+            return self._fail(watch.job, message["error"], watch), False
+        job, storage = watch.job, self._supervisor.storage
+        try:
+            files = outcomes.store(storage, message["files"])
+        except StorageError as error:
+            return self._fail(job, outcomes.describe_refusal(error), watch), False
+        log = self._store_log(job)
+
+        def write(session: Session) -> Job | None:
+            kept = outcomes.write_reports(session, job, watch.reports, lease_seconds=self._settings.lease_seconds)
+            return None if kept is None else outcomes.record_success(session, job, message["result"], files, log)
+
+        return self._settle(write), True
+
+    def _fail(self, job: Job, error: dict[str, Any], watch: Watch | None) -> Job | None:
+        log, backoff = self._store_log(job), self._settings.retry_backoff_seconds
+
+        def write(session: Session) -> Job | None:
+            if watch is not None:
+                outcomes.write_reports(session, job, watch.reports, lease_seconds=self._settings.lease_seconds)
+            return outcomes.record_failure(session, job, error, log, backoff_seconds=backoff)
+
+        get_log().warning("attempt.failed", job_id=job.id, error_class=error["class"], code=error["code"], message=error["message"])
+        return self._settle(write)
+
+    def _interrupt(self, watch: Watch) -> Job | None:
+        job, log = watch.job, self._store_log(watch.job)
+
+        def write(session: Session) -> Job | None:
+            if outcomes.write_reports(session, job, watch.reports, lease_seconds=self._settings.lease_seconds) is None:
+                return None
+            return outcomes.record_interruption(session, job, log, reason=watch.stop_reason or "attempt.stopped")
+
+        return self._settle(write)
+
+    def _store_log(self, job: Job) -> outcomes.Stored:
+        """Keep the attempt's log where every host finds it; without one, nothing."""
+        path = self._supervisor.inputs.directory(job.id) / f"attempt-{job.attempt}.log"
+        try:
+            return {path.name: self._supervisor.storage.put(path)} if path.is_file() and path.stat().st_size else {}
+        except StorageError as error:
+            get_log().warning("attempt.log_lost", job_id=job.id, error=error.message)
+            return {}
+
+    def _settle(self, write: Callable[[Session], T]) -> T | None:
+        """Write an attempt's end, as often as it takes while the database is away; None also when the worker must end meanwhile."""
+        pause, deadline = 0.2, None
+        while True:
+            try:
+                with self._database.transaction() as session:
+                    return write(session)
+            except AWAY as error:
+                get_log().warning("database.away", doing="settle", error=str(error).splitlines()[0])
+            if self._supervisor.stopping.is_set():
+                deadline = deadline or time.monotonic() + self._settings.grace_seconds
+                if time.monotonic() > deadline:
+                    return None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,31 @@
+"""The one Celery task. It does no work: it tells this worker's supervisor that a job waits; the row decides who runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, Task
+
+from core.logs import get_log
+from core.queue import TASK_NAME
+from workers.supervisor import Supervisor
+
+
+def register(app: Celery, find_supervisor: Callable[[], Supervisor | None]) -> Any:
+    """Add `run_job` to the app; `find_supervisor` gives the one of this process, None while it is not up."""
+
+    @app.task(name=TASK_NAME, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
+    def run_job(task: Task, job_id: str) -> None:
+        """Wake a slot for this job, or hand the hint on to a worker that has one free."""
+        supervisor = find_supervisor()
+        log = get_log().bind(task_id=task.request.id, job_id=job_id)
+        if supervisor is not None and supervisor.wake(job_id):
+            log.info("task.woke_job", worker=supervisor.name)
+            return
+        capability = supervisor.find_waiting(job_id) if supervisor is not None else None
+        if capability is not None:
+            # A hint that stayed here would wait for this worker, while another one is idle.
+            app.send_task(TASK_NAME, args=[job_id], queue=capability, retry=False, ignore_result=True)
+
+    return run_job

@@ -1,0 +1,37 @@
+"""A full worker: supervisor and housekeeping on one database and one storage. `python -m workers` and Celery's app both start this."""
+
+from __future__ import annotations
+
+from core.db.schema import check_schema
+from core.db.session import Database
+from core.queue import make_queue
+from core.settings import Settings
+from core.storage import LocalStorage
+from workers.housekeeping import Housekeeping
+from workers.supervisor import Supervisor, make_name
+
+
+class FullWorker:
+    """Opened once a process."""
+
+    def __init__(self, settings: Settings, *, capabilities: tuple[str, ...] | None = None) -> None:
+        """SchemaMismatch when the database is not the code's."""
+        self.database = Database(settings.resolved_database_url)
+        check_schema(self.database)
+        storage, name = LocalStorage(settings.objects_directory), make_name(settings)
+        self.housekeeping = Housekeeping(settings, self.database, storage, make_queue(settings.redis_url), holder=name)
+        self.supervisor = Supervisor(
+            settings, self.database, storage, name=name, capabilities=capabilities, on_job_ended=self.housekeeping.follow
+        )
+
+    def start(self) -> None:
+        """Begin to work, in threads."""
+        self.supervisor.start()
+        self.housekeeping.start()
+
+    def stop(self) -> None:
+        """Interrupt, hand over, say good-bye. Returns when that is written."""
+        self.supervisor.ask_to_stop()
+        self.housekeeping.stop()
+        self.supervisor.stop()
+        self.database.close()
