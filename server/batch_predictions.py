@@ -27,7 +27,7 @@ from server.recipe_bodies import ShownAs, build_part
 router = make_router("predict")
 
 _EXAMPLE: dict[str, Any] = {"alias": "production", "dataset": "flowers-unlabeled"}
-_COLUMNS = ("key", "status", "class_name", "confidence", "top")
+_COLUMNS = ("key", "status", "class_name", "confidence", "top_class_names", "top_probs")
 
 
 class BatchRequest(BaseModel):
@@ -49,6 +49,13 @@ class BatchRequest(BaseModel):
         return self
 
 
+class BatchCandidate(BaseModel):
+    """One class and its calibrated probability."""
+
+    label: str
+    probability: float
+
+
 class BatchItem(BaseModel):
     """One image of the dataset; `status` says why there is no guess."""
 
@@ -56,7 +63,7 @@ class BatchItem(BaseModel):
     status: str
     class_name: str | None
     confidence: float | None
-    top: list[dict[str, Any]]
+    top: list[BatchCandidate]
 
 
 @router.post(
@@ -123,5 +130,11 @@ def list_batch_items(job_id: str, services: ServicesDep, page: PageDep) -> Page[
     position = 0 if page.cursor is None else cursors.decode(listing, page.cursor)[0]
     path = services.storage.fetch(files["predictions.parquet"])
     rows, following = read_rows(path, position=position, limit=page.limit, columns=_COLUMNS)
-    items = [BatchItem(**{**row, "top": row["top"] or []}) for row in rows]
+    items = [_show(row) for row in rows]
     return Page(items=items, next_cursor=None if following is None else cursors.encode(listing, [following]))
+
+
+def _show(row: dict[str, Any]) -> BatchItem:
+    names, probs = row.pop("top_class_names") or [], row.pop("top_probs") or []
+    top = [BatchCandidate(label=name, probability=value) for name, value in zip(names, probs, strict=True)]
+    return BatchItem(**row, top=top)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from core.db.files import name_files
 from core.db.pseudo_labels import finish_set, list_shards
 from core.db.tables import Job
 from tests.ml.builders_images import image_bytes, write_class_folders, write_flat_folder
@@ -239,6 +240,30 @@ def test_a_batch_prediction_is_a_job_for_one_generation_and_one_dataset(service:
     assert (neither.status_code, nothing.status_code) == (422, 422)
     assert nothing.json()["errors"][0]["pointer"] == "/alias"
     assert (items.status_code, items.json()["code"]) == (409, "not_ready")
+
+
+def test_a_batch_predictions_items_are_read_in_pages(service: Service) -> None:
+    job_id = service.post("/batch-predictions", {"generation": add_generation(service), "dataset": "pool"}).json()["id"]
+    rows = {
+        "key": ["a.png", "b.png", "c.txt"],
+        "status": ["ok", "ok", "unsupported"],
+        "class_name": ["red", "blue", None],
+        "confidence": pa.array([0.75, 0.5, None], pa.float32()),
+        "top_class_names": [["red", "blue"], ["blue", "red"], None],
+        "top_probs": pa.array([[0.75, 0.25], [0.5, 0.5], None], pa.list_(pa.float32())),
+    }
+    path = service.directory / "predictions.parquet"
+    pq.write_table(pa.table(rows), path)
+    with service.services.database.transaction() as session:
+        session.get_one(Job, job_id).status = "succeeded"
+        name_files(session, job_id, {"predictions.parquet": service.services.storage.put(path)})
+
+    first = service.get(f"/batch-predictions/{job_id}/items", params={"limit": 2}).json()
+    second = service.get(f"/batch-predictions/{job_id}/items", params={"limit": 2, "cursor": first["next_cursor"]}).json()
+
+    assert first["items"][0]["top"] == [{"label": "red", "probability": 0.75}, {"label": "blue", "probability": 0.25}]
+    assert [item["key"] for item in first["items"] + second["items"]] == rows["key"]
+    assert second["items"][0] == {"key": "c.txt", "status": "unsupported", "class_name": None, "confidence": None, "top": []}
 
 
 def test_a_pool_whose_folder_is_gone_says_so(service: Service) -> None:
