@@ -87,6 +87,12 @@ def find_labeler(session: Session, generation_id: str, labeled: DatasetVersion, 
     except NotFound as error:
         raise InvalidRequest(str(error), pointer=pointer) from error
     check_classes(generation.class_names, of=f"generation {generation_id}", labeled=labeled, pointer=pointer)
+    if generation.class_names != labeled.class_names:
+        raise InvalidRequest(
+            f"generation {generation_id} has the labeled images' classes in another order; a student needs them in alphabetical order",
+            pointer=pointer,
+            found=generation.class_names[:MAX_KEYS_LISTED],
+        )
     return generation
 
 

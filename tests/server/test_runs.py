@@ -218,8 +218,9 @@ def test_an_initial_generation_takes_generation_0s_place(data: Service) -> None:
     assert (run["iterations"][0]["phase"], run["iterations"][0]["generation_id"]) == ("done", generation)
 
 
-def test_an_initial_generation_must_guess_the_labeled_classes(data: Service) -> None:
-    generation = add_generation(data, class_names=("blue", "green", "yellow"))
+@pytest.mark.parametrize("class_names", [("blue", "green", "yellow"), ("red", "green", "blue")])
+def test_an_initial_generation_must_guess_the_labeled_classes_in_their_order(data: Service, class_names: tuple[str, ...]) -> None:
+    generation = add_generation(data, class_names=class_names)
 
     refusal(ask(data, initial_generation=generation), 422, "invalid_request", "/initial_generation")
 
