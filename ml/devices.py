@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ml.config import RuntimeConfig
 from ml.errors import OutOfMemory, RecipeError
@@ -85,6 +86,57 @@ def autocast(runtime: RuntimeConfig) -> AbstractContextManager[Any]:
     if runtime.precision == "bf16":
         return torch.autocast(runtime.device, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def shield_small_convolutions(network: nn.Module, runtime: RuntimeConfig, *, side: int) -> None:
+    """Let the convolutions that bf16 gets wrong on CPUs train in fp32; to be called before a training in that precision.
+
+    torch 2.15 (oneDNN) leaves the bf16 gradient of a kernel's weights uninitialized where padding keeps them from ever
+    touching the image, as in a 3 x 3 kernel with stride 2 on 1 x 1 pixels: NaN or, worse, garbage. Networks on 16-pixel
+    images have such layers, and they are so small that fp32 costs nothing. `side` is that of the training images.
+    """
+    if runtime.device != "cpu" or runtime.precision != "bf16":
+        return
+    found: set[nn.Conv2d] = set()
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Conv2d) and _has_idle_weights(layer, inputs[0].shape[-2:]):
+            found.add(layer)
+
+    handles = [layer.register_forward_pre_hook(look) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    mode = network.training
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, 3, side, side))
+    network.train(mode)
+    for handle in handles:
+        handle.remove()
+    for layer in found:
+        layer.forward = _in_fp32(layer.forward)  # type: ignore[method-assign, assignment]
+
+
+def _has_idle_weights(layer: nn.Conv2d, shape: Sequence[int]) -> bool:
+    """Whether some row or column of the kernel meets nothing but padding, wherever the kernel stands."""
+    for size, kernel, stride, padding, dilation in zip(
+        shape, layer.kernel_size, layer.stride, _paddings(layer), layer.dilation, strict=True
+    ):
+        places = range((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        for tap in range(kernel):
+            if not any(0 <= place * stride + tap * dilation - padding < size for place in places):
+                return True
+    return False
+
+
+def _paddings(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Rows and columns of padding; layers that say it in words ("same") pad by half a kernel at most."""
+    return tuple(kernel // 2 for kernel in layer.kernel_size) if isinstance(layer.padding, str) else tuple(layer.padding)
+
+
+def _in_fp32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def in_fp32(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return forward(images.float())
+
+    return in_fp32
 
 
 @contextmanager

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from ml import losses
 from ml.checkpoints import State
-from ml.config import StudentConfig, TeacherConfig
+from ml.config import RuntimeConfig, StudentConfig, TeacherConfig
 from ml.data import Batch
 from ml.determinism import torch_seed
-from ml.devices import autocast, translate_oom
+from ml.devices import autocast, shield_small_convolutions, translate_oom
 from ml.ema import EmaWeights
 from ml.losses import StepLoss
 from ml.optimizers import build_optimizer, set_learning_rate
 from ml.pixels import Preprocessing
-from ml.config import RuntimeConfig
 from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at
 
 
@@ -34,7 +33,10 @@ class Loss(NamedTuple):
 
 
 class Learner:
-    """A network in training. Equal arguments, batches and steps give equal bits, whether or not it was saved and loaded between."""
+    """A network in training. Equal arguments, batches and steps give equal bits, whether or not it was saved and loaded between.
+
+    `training_side` is the side of the training images in pixels.
+    """
 
     def __init__(
         self,
@@ -43,12 +45,14 @@ class Learner:
         plan: TrainingPlan,
         *,
         preprocessing: Preprocessing,
+        training_side: int,
         runtime: RuntimeConfig,
         seed: int,
     ) -> None:
         device = torch.device(runtime.device)
         self.network = network.to(device=device).to(memory_format=torch.channels_last).train()
         self.ema = EmaWeights(self.network)
+        shield_small_convolutions(self.network, runtime, side=training_side)
         self.optimizer = build_optimizer(self.network, config.training.optimizer)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(self.network) if runtime.compile else self.network
         self._config = config
@@ -72,7 +76,7 @@ class Learner:
             torch.manual_seed(torch_seed(self._seed, "model noise", step, index))
             with translate_oom(f"a micro-batch of {len(part.images)} images"):
                 loss = self._loss(part)
-                (loss.total / len(parts)).backward()
+                (loss.total / len(parts)).backward()  # type: ignore[no-untyped-call]
             recent += torch.stack([value.detach() for value in loss]) / len(parts)
         # Kept on the device: asking for a number here would make the host wait for every step.
         self._recent.append(recent)
@@ -95,8 +99,8 @@ class Learner:
     def is_finite(self) -> bool:
         """Whether every weight of network and average is a number. Waits for the device."""
         weights = [*self.network.state_dict().values(), *self.ema.network.state_dict().values()]
-        norms = torch._foreach_norm([weight for weight in weights if weight.is_floating_point()], torch.inf)
-        return bool(torch.isfinite(torch.stack(norms)).all())
+        largest = [weight.abs().max() for weight in weights if weight.is_floating_point()]
+        return bool(torch.isfinite(torch.stack(largest)).all())
 
     def state(self) -> State:
         """Everything that the next step depends on."""
@@ -121,7 +125,7 @@ class Learner:
         if count == 1:
             yield _Part(images, labels_B, soft_UK)
             return
-        of_labeled, of_unlabeled = images.split([len(labels_B), len(images) - len(labels_B)])
+        of_labeled, of_unlabeled = images[: len(labels_B)], images[len(labels_B) :]
         for index in range(count):
             labeled, unlabeled = _share(of_labeled, index, count), _share(of_unlabeled, index, count)
             soft = None if soft_UK is None else _share(soft_UK, index, count)

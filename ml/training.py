@@ -91,6 +91,7 @@ class Training:
             self.config,
             self.plan,
             preprocessing=self.preprocessing,
+            training_side=task.recipe.image.size,
             runtime=task.runtime,
             seed=torch_seed(task.recipe.seed, "training", task.iteration),
         )
@@ -100,7 +101,7 @@ class Training:
         self.evaluated_step = 0
         self.seconds = 0.0
         self._saved_at = self._looked_at = time.monotonic()
-        self._looked_step = 0
+        self._loss = 0.0
 
     def run(self) -> None:
         """Make all steps that are left; afterwards `self.best` names the best one."""
@@ -146,7 +147,6 @@ class Training:
             return 0
         self.learner.load(state["learner"])
         self.best, self.evaluated_step, self.seconds = state["best"], state["evaluated_step"], state["seconds"]
-        self._looked_step = state["step"]
         return int(state["step"])
 
     def _look(self, step: int) -> None:
@@ -160,6 +160,7 @@ class Training:
         self.seconds += elapsed
         if not losses:
             return
+        self._loss = losses[-1].total
         means = np.mean(losses, axis=0)
         data = {
             "step": step,
@@ -181,9 +182,10 @@ class Training:
         self.on_event(Event(kind="progress", data=progress))
 
     def _diverge(self, step: int, loss: float) -> None:
+        """Raise Diverged for update number `step`, whose loss, or weights afterwards, are no numbers."""
         rate = self.learner.learning_rate(step)
         kept = self.checkpoints.last if self.checkpoints.last.exists() else None
-        message = f"the loss of step {step} is {loss} at learning rate {rate:.6g}; a lower learning rate or clip_norm may help"
+        message = f"diverged at step {step}: loss {loss:.6g}, learning rate {rate:.6g}; a lower rate or clip_norm may help"
         # As text, because JSON has no word for it.
         raise Diverged(message, step=step, loss=str(loss), learning_rate=rate, checkpoint=None if kept is None else str(kept))
 
@@ -200,7 +202,7 @@ class Training:
         self.learner.network.train()
         logits_MK, labels_M = self._labeled_rows(found, self.inputs.validation)
         if not np.isfinite(logits_MK).all():
-            self._diverge(step - 1, float("nan"))
+            self._diverge(step - 1, self._loss)
         top1 = float((label_ranks(logits_MK, labels_M) == 0).mean())
         nll = calibration.negative_log_likelihood(logits_MK, labels_M)
         self.evaluated_step = step
@@ -220,7 +222,7 @@ class Training:
         """Write the full state; refuses, as Diverged, one that nothing good could come of."""
         self._look(step)
         if not self.learner.is_finite():
-            self._diverge(step - 1, float("nan"))
+            self._diverge(step - 1, self._loss)
         state: State = {
             "step": step,
             "learner": self.learner.state(),

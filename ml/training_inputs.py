@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ml.config import StudentConfig, TeacherConfig
-from ml.errors import DataError, RecipeError
+from ml.errors import ClassMismatch, DataError, RecipeError
 from ml.manifest import Manifest, split_validation
 from ml.models import WEIGHTS
 from ml.selection import SelectedLabels
@@ -57,6 +57,10 @@ def gather(task: TrainingTask) -> TrainingInputs:
     if len(validation) == 0:
         raise DataError("there is no readable validation image to choose the best checkpoint with")
     is_student = task.role == "student"
+    selected = SelectedLabels.read(task.selected) if is_student and task.selected else None
+    if selected is not None and selected.class_names != class_names:
+        message = f"the pseudo-labels are for classes {', '.join(selected.class_names[:5])}, the labels for {', '.join(class_names[:5])}"
+        raise ClassMismatch(message, found=list(selected.class_names), expected=list(class_names))
     return TrainingInputs(
         config=config,
         ratio=config.ratio if isinstance(config, StudentConfig) else 0,
@@ -64,7 +68,7 @@ def gather(task: TrainingTask) -> TrainingInputs:
         validation=validation,
         test=test,
         unlabeled=Manifest.read(task.unlabeled) if is_student and task.unlabeled else None,
-        selected=SelectedLabels.read(task.selected) if is_student and task.selected else None,
+        selected=selected,
         class_names=class_names,
         digest=_digest(task, config, labeled, validation),
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ml.calibration import (
+    PRIOR_DEVIATION,
     TEMPERATURE_RANGE,
     expected_calibration_error,
     fit_temperature,
@@ -31,21 +32,34 @@ def test_the_fitted_temperature_undoes_how_much_too_sure_the_logits_are(too_sure
     assert fit_temperature(logits, labels) == pytest.approx(too_sure, rel=0.05)
 
 
-def test_no_other_temperature_is_more_likely() -> None:
-    logits, labels = calibrated(500, 7, too_sure=2.2)
+@pytest.mark.parametrize("num_images", [5, 50, 500])
+def test_no_other_temperature_is_more_probable(num_images: int) -> None:
+    logits, labels = calibrated(num_images, 7, too_sure=2.2)
 
-    fitted = fit_temperature(logits, labels)
+    def surprise(temperature: float) -> float:
+        return num_images * negative_log_likelihood(logits, labels, temperature) + (np.log(temperature) / PRIOR_DEVIATION) ** 2 / 2
 
-    best = negative_log_likelihood(logits, labels, fitted)
-    assert best <= min(negative_log_likelihood(logits, labels, t) for t in np.geomspace(*TEMPERATURE_RANGE, 400)) + 1e-12
+    assert surprise(fit_temperature(logits, labels)) <= min(map(surprise, np.geomspace(*TEMPERATURE_RANGE, 1000))) + 1e-9
 
 
-def test_a_split_without_a_mistake_or_without_sense_ends_at_the_bounds() -> None:
-    sure = np.eye(4, dtype=np.float32) * 9
+def test_a_few_images_without_a_mistake_do_not_make_every_answer_certain() -> None:
+    logits = np.eye(10, dtype=np.float32)[np.arange(40) % 10] * 4
 
-    assert fit_temperature(sure, np.arange(4)) == pytest.approx(TEMPERATURE_RANGE[0])
-    assert fit_temperature(-sure, np.arange(4)) == pytest.approx(TEMPERATURE_RANGE[1])
+    fitted = fit_temperature(logits, np.arange(40) % 10)
+
+    assert 0.4 < fitted < 1.0
+    assert softmax(logits, fitted).max() < 0.9999
     assert fit_temperature(np.zeros((0, 4), np.float32), np.zeros(0, np.int64)) == 1.0
+
+
+def test_the_fitted_temperature_is_never_less_likely_than_none() -> None:
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        logits, labels = generator.normal(size=(12, 3)) * 5, generator.integers(0, 3, 12)
+
+        fitted = fit_temperature(logits, labels)
+
+        assert negative_log_likelihood(logits, labels, fitted) <= negative_log_likelihood(logits, labels) + 1e-12
 
 
 def test_calibration_error_is_the_weighted_distance_between_confidence_and_accuracy() -> None:

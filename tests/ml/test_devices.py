@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ml.config import RuntimeConfig
-from ml.devices import apply_runtime, autocast, host_facts, num_cores, resolve_runtime, translate_oom
+from ml.devices import apply_runtime, autocast, host_facts, num_cores, resolve_runtime, shield_small_convolutions, translate_oom
 from ml.errors import OutOfMemory, RecipeError
 
 
@@ -62,6 +63,39 @@ def test_autocast_computes_in_bf16_only_when_asked() -> None:
         assert layer(images).dtype == torch.bfloat16
     with autocast(RuntimeConfig(device="cpu", precision="fp32")):
         assert layer(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("side", "kernel", "stride"), [(1, 3, 2), (1, 5, 1), (2, 7, 1), (1, 7, 2)])
+def test_a_convolution_on_images_smaller_than_its_kernel_trains_right_in_bf16(side: int, kernel: int, stride: int) -> None:
+    """Fails without the shield on processors with bf16, because torch 2.15 leaves these gradients uninitialized."""
+    runtime = RuntimeConfig(device="cpu", precision="bf16", num_threads=1)
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 320, kernel, stride=stride, padding=kernel // 2, bias=False)
+    exact = copy.deepcopy(layer)
+    images = torch.randn(24, 3, side, side)
+
+    shield_small_convolutions(layer, runtime, side=side)
+    for _ in range(3):
+        # What lies in freed memory is what an uninitialized gradient would show.
+        torch.full((1 << 20,), torch.nan)
+        with autocast(runtime):
+            layer(images).square().sum().backward()
+    exact(images).square().sum().mul(3).backward()
+
+    assert layer.weight.grad is not None
+    assert exact.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, exact.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shield_leaves_other_convolutions_in_bf16() -> None:
+    runtime = RuntimeConfig(device="cpu", precision="bf16", num_threads=1)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, stride=2, padding=1)).train()
+
+    shield_small_convolutions(network, runtime, side=8)
+
+    assert network.training
+    with autocast(runtime):
+        assert network(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16
 
 
 def test_an_allocation_that_cannot_be_had_is_named_as_such() -> None:

@@ -100,8 +100,8 @@ def test_a_folder_that_timm_wrote_is_imported_with_timms_preprocessing(tmp_path:
 
     preprocessing = load_generation(tmp_path / "imported", torch.device("cpu")).preprocessing
     assert (preprocessing.size, preprocessing.crop_ratio, preprocessing.mean) == (160, 0.95, (0.5, 0.5, 0.5))
+    (tmp_path / "source" / "model.safetensors").rename(tmp_path / "source" / "model.pt")
     with pytest.raises(WeightsError, match="safetensors"):
-        (tmp_path / "source" / "model.safetensors").rename(tmp_path / "source" / "model.pt")
         import_generation(tmp_path / "source", tmp_path / "again", class_names=CLASSES, image=ImageConfig(size=32))
 
 

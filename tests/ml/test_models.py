@@ -47,7 +47,7 @@ def test_an_unknown_architecture_is_answered_with_the_closest_names() -> None:
 
 
 def test_a_tag_in_the_architecture_is_sent_to_where_it_belongs() -> None:
-    with pytest.raises(UnknownArchitecture, match='"timm:resnet50.a1_in1k"'):
+    with pytest.raises(UnknownArchitecture, match=r'"timm:resnet50\.a1_in1k"'):
         check_architecture("resnet50.a1_in1k")
 
 
@@ -88,7 +88,9 @@ def test_options_that_fit_are_passed_on_and_others_refused() -> None:
         build(options={"checkpoint_path": "/etc/passwd"})
 
 
-@pytest.mark.parametrize("source", ["timm:test_resnet", "timm:test_resnet.no_such_tag", "timm:resnet10t.c3_in1k", "timm:test_resnet.r160_in1k"])
+@pytest.mark.parametrize(
+    "source", ["timm:test_resnet", "timm:test_resnet.no_such_tag", "timm:resnet10t.c3_in1k", "timm:test_resnet.r160_in1k"]
+)
 def test_weights_that_cannot_be_had_are_refused_within_seconds(source: str) -> None:
     started = time.monotonic()
 

@@ -46,10 +46,10 @@ def test_rmsprop_follows_tensorflows_recurrence() -> None:
     def recurrence(decay: float) -> list[float]:
         weight, square, momentum, path = 1.0, 1.0, 0.0, []
         for gradient, rate in zip(GRADIENTS, RATES, strict=True):
-            gradient += decay * weight
-            square = 0.9 * square + 0.1 * gradient**2
+            slope = gradient + decay * weight
+            square = 0.9 * square + 0.1 * slope**2
             # Epsilon inside the root, the rate inside the momentum: TensorFlow's form, not PyTorch's.
-            momentum = 0.9 * momentum + rate * gradient / math.sqrt(square + 1e-3)
+            momentum = 0.9 * momentum + rate * slope / math.sqrt(square + 1e-3)
             weight -= momentum
             path.append(weight)
         return path
@@ -66,9 +66,9 @@ def test_sgd_is_nesterovs_with_decay_on_weights_alone() -> None:
     def recurrence(decay: float) -> list[float]:
         weight, velocity, path = 1.0, 0.0, []
         for gradient, rate in zip(GRADIENTS, RATES, strict=True):
-            gradient += decay * weight
-            velocity = 0.9 * velocity + gradient
-            weight -= rate * (gradient + 0.9 * velocity)
+            slope = gradient + decay * weight
+            velocity = 0.9 * velocity + slope
+            weight -= rate * (slope + 0.9 * velocity)
             path.append(weight)
         return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_warm_up_rises_evenly_and_never_starts_at_zero() -> None:
     rates = [learning_rate_at(plan, ScheduleConfig(name="constant"), step) for step in range(101)]
 
     assert rates[0] == pytest.approx(0.1 / 101)
-    assert {round(b - a, 12) for a, b in zip(rates, rates[1:], strict=False)} == {round(0.1 / 101, 12)}
+    assert {round(b - a, 12) for a, b in itertools.pairwise(rates)} == {round(0.1 / 101, 12)}
     assert rates[100] == 0.1
 
 
