@@ -137,7 +137,7 @@ def read_facts(session: Session, run_id: str) -> Facts:
 def _count(session: Session, column: Any, *where: Any) -> Counts:
     counts: Counts = defaultdict(dict)
     query = sa.select(column, Job.status, sa.func.count()).where(*where).group_by(column, Job.status)
-    for word, status, number in session.execute(query).tuples():
+    for word, status, number in session.execute(query):
         counts[word or ""][status] = number
     return dict(counts)
 

@@ -174,7 +174,7 @@ class Housekeeping:
         with self._database.reading() as session:
             rows = session.execute(sa.select(Job.id, Job.status, Job.finished_at).where(Job.id.in_(ids), Job.status.in_(JOB_TERMINAL)))
             moment = now(session)
-            ages = [(job_id, status, (moment - finished).total_seconds()) for job_id, status, finished in rows.tuples() if finished]
+            ages = [(job_id, status, (moment - finished).total_seconds()) for job_id, status, finished in rows if finished]
         keep = {"succeeded": SWEEP_SECONDS}
         return [job_id for job_id, status, age in ages if age > keep.get(status, KEEP_UNFINISHED_SECONDS)]
 

@@ -1,0 +1,113 @@
+"""Stored files: whole or not there, named by what is in them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from core.errors import StorageDamaged, StorageError
+from core.storage import LocalStorage, materialize
+
+
+def make_file(directory: Path, content: bytes = b"weights", name: str = "file") -> Path:
+    path = directory / name
+    path.write_bytes(content)
+    return path
+
+
+def names_in(storage: LocalStorage) -> list[str]:
+    return sorted(path.name for path in storage.directory.glob("*/*"))
+
+
+def test_the_same_content_is_kept_once(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+
+    first = storage.put(make_file(tmp_path))
+    second = storage.put(make_file(tmp_path, name="copy"))
+
+    assert first == second
+    assert names_in(storage) == [first["digest"]]
+    assert storage.fetch(first["digest"]).read_bytes() == b"weights"
+
+
+def test_a_missing_file_is_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(StorageDamaged, match="missing"):
+        LocalStorage(tmp_path).fetch("0" * 64)
+
+
+def test_an_altered_file_is_found(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    digest = storage.put(make_file(tmp_path))["digest"]
+    path = storage.fetch(digest)
+    path.chmod(0o644)
+    path.write_bytes(b"Weights")
+
+    with pytest.raises(StorageDamaged, match="altered"):
+        storage.verify(digest)
+
+
+def test_a_name_that_is_no_digest_reaches_no_path(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="not a SHA-256"):
+        LocalStorage(tmp_path).fetch("../" * 20 + "etcpw")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    make_file(tmp_path, os.urandom(300_000))
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\nfrom core.storage import LocalStorage\nfrom core.errors import StorageFull\n"
+        f"signal.signal({int(signal.SIGXFSZ)}, signal.SIG_IGN); resource.setrlimit({resource.RLIMIT_FSIZE}, (100_000, 100_000))\n"
+        "try: LocalStorage(Path(sys.argv[1]) / 'objects').put(Path(sys.argv[1]) / 'file')\n"
+        "except StorageFull as error: print(error)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+
+    assert "the disk is full while storing file" in done.stdout
+    assert names_in(LocalStorage(tmp_path / "objects")) == []
+
+
+def test_only_old_files_are_listed_and_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    old, young = storage.put(make_file(tmp_path))["digest"], storage.put(make_file(tmp_path, b"young"))["digest"]
+    os.utime(storage.fetch(old), (0, 0))
+    half = storage.fetch(old).with_name(".incoming-dead")
+    half.touch()
+    os.utime(half, (0, 0))
+
+    listed = list(storage.list_old(older_than_seconds=60, now_seconds=time.time()))
+
+    assert listed == [old]
+    assert not half.exists()
+    assert storage.fetch(young).exists()
+
+
+def test_a_file_that_was_kept_again_is_not_removed(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    digest = storage.put(make_file(tmp_path))["digest"]
+
+    storage.remove(digest, unless_touched_within_seconds=60)
+    assert storage.fetch(digest).exists()
+
+    storage.remove(digest)
+    storage.remove(digest)
+    assert names_in(storage) == []
+
+
+def test_a_folder_of_stored_files_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    digest = storage.put(make_file(tmp_path))["digest"]
+
+    with pytest.raises(StorageDamaged):
+        materialize(storage, {"a": digest, "sub/b": "0" * 64}, tmp_path / "cache" / "broken")
+    made = materialize(storage, {"a": digest, "sub/b": digest}, tmp_path / "cache" / "whole")
+
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["whole"]
+    assert (made / "sub" / "b").read_bytes() == b"weights"
