@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ml import calibration, evaluation, pseudo_labels
+from ml import calibration, decoding, evaluation, pseudo_labels
 from ml.config import RuntimeConfig
 from ml.devices import apply_runtime, autocast, num_cores, translate_oom
-from ml.errors import BadImage, Interrupted, WeightsError
+from ml.errors import Interrupted, WeightsError
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.manifest import Manifest
 from ml.models import WEIGHTS, LoadedGeneration, load_generation
-from ml.pixels import Preprocessing, read_image, weak_view
+from ml.pixels import Preprocessing
 from ml.tasks import EvaluationTask, LabelingTask
 
 _CPU_BATCH = 8
@@ -49,8 +49,18 @@ class Predictions(NamedTuple):
 class WeakViews:
     """What an un-noised network sees of a manifest's rows, in batches; kept in memory when all of them fit into `cache_bytes`."""
 
-    def __init__(self, manifest: Manifest, preprocessing: Preprocessing, *, batch_size: int, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        cache_bytes: int = 0,
+        decoders: decoding.Decoders | None = None,
+    ) -> None:
+        """`decoders` make the views in processes of their own; without them the calling thread does."""
         self.preprocessing = preprocessing
+        self.decoders = decoders
         self.batch_size = batch_size
         self._paths = manifest.paths()
         self._statuses: list[str] = manifest.column("status")
@@ -69,18 +79,11 @@ class WeakViews:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         rows = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._paths)))
-        images, statuses = [], []
-        for row in rows:
-            status = self._statuses[row]
-            if status == "ok":
-                try:
-                    images.append(weak_view(read_image(self._paths[row]), self.preprocessing))
-                except BadImage as error:
-                    # It was fine when the manifest was made.
-                    status = error.status
-            statuses.append(status)
-        side = self.preprocessing.size
-        batch = np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8), statuses
+        make_views = decoding.weak_views if self.decoders is None else self.decoders.weak_views
+        images, found = make_views([self._paths[row] for row in rows if self._statuses[row] == "ok"], self.preprocessing)
+        # A file that was fine when the manifest was made may have gone since.
+        latest = iter(found)
+        batch = images, [next(latest) if self._statuses[row] == "ok" else self._statuses[row] for row in rows]
         if self._cache is not None:
             self._cache[index] = batch
         return batch
@@ -141,7 +144,9 @@ def predict(
     parts: list[NDArray[np.float32]] = []
     all_statuses: list[str] = []
     with _one_thread_each() if on_cpu else nullcontext():
-        for item in _in_order(work, len(views), num_callers(runtime), should_stop):
+        # A thread waits while another process decodes for it, so there are two for each that computes.
+        callers = num_callers(runtime) * (1 if views.decoders is None else 2)
+        for item in _in_order(work, len(views), callers, should_stop):
             logits, statuses = item if on_cpu else logits_of(item)
             parts.append(logits)
             all_statuses += statuses
@@ -198,9 +203,8 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
         statuses = pseudo_labels.read_shard(task.output, ["status"])["status"].to_pylist()
         return _summary(statuses, facts, seconds=time.monotonic() - started, skipped=True)
     on_event(Event(kind="stage", data={"stage": "labeling"}))
-    network = _cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
-    side = generation.preprocessing.size
-    views = WeakViews(rows, generation.preprocessing, batch_size=batch_for(task.runtime.device, side, task.labeling.batch_size))
+    network = cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
+    views = _views(rows, generation.preprocessing, task.runtime, largest_batch=task.labeling.batch_size)
     predictions = predict(
         network,
         views,
@@ -223,7 +227,14 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
     return _summary(predictions.statuses, facts, seconds=time.monotonic() - started, skipped=False)
 
 
-def _cast_once(network: nn.Module) -> nn.Module:
+def _views(rows: Manifest, preprocessing: Preprocessing, runtime: RuntimeConfig, *, largest_batch: int) -> WeakViews:
+    """The views of a long look at files that were not looked at before."""
+    decoders = decoding.shared_decoders(preprocessing, num_rows=len(rows), count=num_callers(runtime))
+    batch_size = batch_for(runtime.device, preprocessing.size, largest_batch)
+    return WeakViews(rows, preprocessing, batch_size=batch_size, decoders=decoders)
+
+
+def cast_once(network: nn.Module) -> nn.Module:
     """Hold the weights in bf16 that autocast would cast anew for every batch; the same bits, a few percent faster."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -289,7 +300,7 @@ def evaluate(
     preprocessing = generation.preprocessing if task.image is None else Preprocessing.from_config(task.image)
     manifest = Manifest.read(task.manifest)
     on_event(Event(kind="stage", data={"stage": "evaluating"}))
-    views = WeakViews(manifest, preprocessing, batch_size=batch_for(runtime.device, preprocessing.size, 256))
+    views = _views(manifest, preprocessing, runtime, largest_batch=256)
     num_classes = len(generation.class_names)
     found = predict(
         generation.network,

@@ -54,6 +54,7 @@ def small_32px() -> Recipe:
         image=ImageConfig(size=32, small_images=True, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), crop_ratio=1.0),
         teacher=TeacherConfig(network=network, noise=noise, training=teacher),
         students=(StudentConfig(network=network, noise=noise, training=student, ratio=3),),
+        labeling=LabelingConfig(batch_size=128),
         iterations=IterationConfig(count=2),
     )
 

@@ -1,0 +1,106 @@
+"""The goals as data, what was measured against them, and whether every miss is explained in bench/shortfalls.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+_HEADING = re.compile(r"^#{1,6} (.*)$")
+_TABLE_ROW = re.compile(r"^\|.*\d.*\|\s*$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """One figure that a measurement must reach."""
+
+    id: str
+    measurement: str
+    """The module of bench/ that measures it."""
+    what: str
+    bound: Literal["at least", "at most"]
+    limit: float
+    unit: str
+
+    def is_met(self, value: float) -> bool:
+        """Whether `value` reaches the limit; a figure that is not a number reaches nothing."""
+        return value >= self.limit if self.bound == "at least" else value <= self.limit
+
+    def wanted(self) -> str:
+        return f"{'≥' if self.bound == 'at least' else '≤'} {self.limit:g} {self.unit}".rstrip()
+
+
+def _ratio(identity: str, measurement: str, what: str, limit: float) -> Goal:
+    return Goal(id=identity, measurement=measurement, what=what, bound="at least", limit=limit, unit="")
+
+
+def _most(identity: str, measurement: str, what: str, limit: float, unit: str) -> Goal:
+    return Goal(id=identity, measurement=measurement, what=what, bound="at most", limit=limit, unit=unit)
+
+
+GOALS: tuple[Goal, ...] = (
+    _ratio("labeling-small-32px", "labeling", "labeling end to end ÷ CPU ceiling, small-32px", 0.8),
+    _ratio("labeling-photos-224", "labeling", "labeling end to end ÷ CPU ceiling, EfficientNet-B0 at 224 px", 0.8),
+    _ratio("training-small-32px", "training", "training ÷ CPU ceiling, small-32px", 0.8),
+    _ratio("training-photos-224", "training", "training ÷ CPU ceiling, EfficientNet-B0 at 224 px", 0.8),
+    _most("selection-memory", "selection", "peak memory of selecting from 10 M rows", 500, "MB"),
+    _ratio("predict-throughput", "predict", "/predict at concurrency 8 ÷ in-process loop, EfficientNet-B0", 0.85),
+    _most("api-memory", "startup", "resident memory of an API without a model", 150, "MB"),
+    _most("api-torch-modules", "startup", "modules of torch, timm or torchvision in the API process", 0, ""),
+    _most("server-import", "startup", "import of server.app", 2, "s"),
+    _most("readyz", "startup", "/readyz answers 200 after the start of the process", 3, "s"),
+    _most("supervisor-memory", "startup", "resident memory of the supervisor", 120, "MB"),
+    _most("job-start-embedded", "job_start", "accepted → started, 95th percentile, embedded", 2.5, "s"),
+    _most("job-start-redis", "job_start", "accepted → started, 95th percentile, with Redis", 0.5, "s"),
+)
+
+MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS))
+"""Every measurement, in the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A goal, its figure (None: it was not measured), and whether shortfalls.md explains a miss."""
+
+    goal: Goal
+    value: float | None
+    explained: bool
+
+    @property
+    def met(self) -> bool:
+        return self.value is not None and self.goal.is_met(self.value)
+
+    @property
+    def word(self) -> str:
+        if self.met:
+            return "met"
+        if self.value is None:
+            return "NOT MEASURED"
+        return "missed, explained" if self.explained else "MISSED"
+
+    @property
+    def passes(self) -> bool:
+        """A breakdown excuses a miss, never a figure that nobody measured."""
+        return self.met or (self.value is not None and self.explained)
+
+
+def judge(figures: Mapping[str, float], measurements: Iterable[str], shortfalls: str) -> list[Verdict]:
+    """The verdict on every goal of these measurements; `figures` by goal id, `shortfalls` is the text of shortfalls.md."""
+    names = set(measurements)
+    explained = explained_goals(shortfalls)
+    return [Verdict(goal=goal, value=figures.get(goal.id), explained=goal.id in explained) for goal in GOALS if goal.measurement in names]
+
+
+def explained_goals(shortfalls: str) -> set[str]:
+    """Ids of the goals that have a section: a heading with the id in backticks, and below it a table with at least two rows of numbers."""
+    rows: dict[str, int] = {}
+    current: list[str] = []
+    for line in shortfalls.splitlines():
+        heading = _HEADING.match(line)
+        if heading:
+            current = re.findall(r"`([a-z0-9-]+)`", heading.group(1))
+        elif _TABLE_ROW.match(line):
+            for identity in current:
+                rows[identity] = rows.get(identity, 0) + 1
+    return {identity for identity, count in rows.items() if count >= 2}
