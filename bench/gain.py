@@ -146,7 +146,8 @@ def _folders(options: argparse.Namespace, seed: int) -> dict[str, Path]:
     if options.data == "digits":
         from cli.digits import write_digits
 
-        return {name: Path(folder) for name, folder in write_digits(options.out / f"digits-{seed}", seed=seed).items()}
+        digits = write_digits(options.out / f"digits-{seed}", seed=seed)
+        return {"labeled": digits.labeled, "unlabeled": digits.unlabeled, "test": digits.test}
     if options.split is None:
         return {"labeled": options.labeled, "unlabeled": options.unlabeled, "test": options.test}
     return {**split_into_folders(options.labeled, options.out, per_class=options.split, seed=seed), "test": options.test}

@@ -10,7 +10,7 @@ from pathlib import Path
 from core.errors import SetupError
 
 NUM_CLASSES = 10
-LABELED_PER_CLASS = 20
+LABELED_PER_CLASS = 10
 """The preset `digits` learns from half of them and validates on the other half."""
 TEST_PER_CLASS = 30
 
