@@ -39,12 +39,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def run_seed(folders: Mapping[str, Path], out: Path, *, recipe: str, seed: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def run_seed(
+    folders: Mapping[str, Path], out: Path, *, recipe: str, seed: int, overrides: Mapping[str, Any], quiet_too: bool = True
+) -> dict[str, Any]:
     """All arms of one seed: arm → {test, validation, seconds}, in shares of 1."""
     base = {**overrides, "seed": seed}
     arms: dict[str, dict[str, Any]] = {}
     for entry in _loop(folders, out / f"seed-{seed}" / "noisy", build_recipe(recipe, base)):
         arms[_arm_name(entry)] = _figures(entry)
+    if not quiet_too:
+        return arms
     quiet = {**base, "students": [{"noise": NO_NOISE}], "iterations": {"count": 1, "control": False}}
     _share_teacher(out / f"seed-{seed}" / "noisy", out / f"seed-{seed}" / "quiet")
     quiet_entry = _loop(folders, out / f"seed-{seed}" / "quiet", build_recipe(recipe, quiet))[-1]
@@ -112,7 +116,8 @@ def report(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str:
     lines += ["", "| paired difference on test, points | mean | 95 % interval |", "| --- | ---: | ---: |"]
     students = [arm for arm in arms if arm.startswith("noisy student")]
     others = [arm for arm in arms if arm not in students]
-    pairs = [(student, other) for student in students for other in others] + [("student 1 without noise", "teacher")]
+    pairs = [(student, other) for student in students for other in others]
+    pairs += [(other, "teacher") for other in others if other.endswith("without noise")]
     for one, other in pairs:
         differences = [100 * (results[seed][one]["test"] - results[seed][other]["test"]) for seed in seeds]
         low, high = t_interval(differences)
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--override", default="{}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--without-quiet", action="store_true", help="leave the student without noise out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     results = {}

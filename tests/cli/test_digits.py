@@ -29,7 +29,7 @@ def test_all_1797_digits_are_there_and_none_stands_in_two_parts(tmp_path: Path) 
     folders = write_digits(tmp_path)
 
     digests = list(contents(tmp_path).values())
-    assert counts(folders) == (200, 1297, 300)
+    assert counts(folders) == (100, 1397, 300)
     assert len(digests) == len(set(digests)) == 1797
 
 
@@ -47,4 +47,4 @@ def test_writing_again_replaces_what_lay_there(tmp_path: Path) -> None:
     folders = write_digits(tmp_path, seed=2)
 
     assert len(contents(tmp_path)) == 1797
-    assert counts(folders) == (200, 1297, 300)
+    assert counts(folders) == (100, 1397, 300)
