@@ -12,7 +12,8 @@ from secrets import token_hex
 
 from ml.errors import DiskFull
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How the operating system says that there is no room."""
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
         _flush(path.parent)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFull(f"no room left for {path}: free some space and try again", path=str(path)) from error
         raise
     finally:
@@ -67,7 +68,7 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         aside.replace(folder)
         _flush(folder.parent)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFull(f"no room left for {folder}: free some space and try again", path=str(folder)) from error
         raise
     finally:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ml.config import ImageConfig, NetworkConfig, NoiseConfig
 from ml.errors import DiskFull, RecipeError, WeightsError
+from ml.files import FULL
 from ml.pixels import Preprocessing
 from ml.recipes.architectures import check_architecture
 
@@ -257,6 +258,6 @@ def save_network(network: nn.Module, folder: Path, *, class_names: Sequence[str]
     try:
         save_for_hf(network, str(folder), model_config, safe_serialization=True, data_config=data_config)
     except SafetensorError as error:
-        if "os error 28" in str(error) or "os error 122" in str(error):
+        if any(f"os error {number})" in str(error) for number in FULL):
             raise DiskFull(f"no room left for {folder / WEIGHTS}: free some space and try again", path=str(folder)) from error
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,30 @@ def test_another_class_list_is_refused_and_leaves_nothing(tmp_path: Path, expect
         import_generation(source, tmp_path / "imported", class_names=expected)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from ml.errors import DiskFull
+from ml.export import import_generation
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in map(int, sys.argv[3:]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        import_generation(Path(sys.argv[1]), Path(sys.argv[2]), class_names=("blue", "red"))
+    except DiskFull:
+        print("full", [path.name for path in Path(sys.argv[2]).parent.iterdir()])
+"""
+
+
+def test_a_full_disk_is_named_whichever_file_it_hits_and_nothing_half_written_stays(tmp_path: Path) -> None:
+    source = build_generation(tmp_path / "source")
+    weights, onnx = ((source / name).stat().st_size for name in ("model.safetensors", "model.onnx"))
+    assert weights < onnx - 1000
+    (tmp_path / "out").mkdir()
+
+    command = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path / "out" / "generation"), "10000", str((weights + onnx) // 2)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert done.stdout == "full []\nfull []\n"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -313,3 +314,20 @@ def test_a_student_may_start_from_its_teachers_weights(student: TrainingTask, tm
 
     ours, theirs = training.learner.network.state_dict(), read_tensors(tmp_path / "generation")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_training_resumes_to_the_bit_and_its_weights_keep_their_names(
+    student: TrainingTask, tmp_path: Path, precision: Literal["fp32", "bf16"]
+) -> None:
+    compiled = replace(student, runtime=replace(student.runtime, compile=True, precision=precision))
+    undisturbed = run(compiled, tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        run(compiled, tmp_path / "stopped", should_stop=stop_at(6))
+
+    resumed = run(compiled, tmp_path / "stopped")
+
+    assert_equal_bits(undisturbed, resumed)
+    plain = Training(student, gather(student), tmp_path / "plain", ignore, never)
+    assert resumed.learner.state()["network"].keys() == plain.learner.state()["network"].keys()
