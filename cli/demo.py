@@ -177,7 +177,7 @@ def running_service(settings: Settings, output: Output, *, keep: bool) -> Iterat
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=None if keep else dying_with_parent(signal.SIGTERM),
+            preexec_fn=None if keep else dying_with_parent(signal.SIGTERM),  # noqa: PLW1509  the demo has one thread
         )
     ended_well = False
     try:

@@ -106,7 +106,7 @@ class Child:
         """Start it; it dies with this process."""
         # Ctrl-C reaches the parent only, which stops the children in order.
         command = [sys.executable, "-m", MODULES[self.name]]
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent(signal.SIGKILL))
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent(signal.SIGKILL))  # noqa: PLW1509  one thread
         self.started = time.monotonic()
 
 

@@ -85,7 +85,7 @@ def prepare_data_directory(settings: Settings) -> None:
 
 def open_database(settings: Settings, invocation: Invocation) -> None:
     """Migrate it, and make the first admin key when there is none yet."""
-    database = Database(settings.resolved_database_url)
+    database = _open(settings)
     try:
         _migrate(database)
         secret = make_first_key(database, settings) if settings.require_keys else None
@@ -93,6 +93,14 @@ def open_database(settings: Settings, invocation: Invocation) -> None:
         database.close()
     if secret is not None:
         invocation.output.say(f"admin key, shown this once and kept in {settings.key_file}:\n  {secret}")
+
+
+def _open(settings: Settings) -> Database:
+    try:
+        return Database(settings.resolved_database_url)
+    except (sa.exc.ArgumentError, ImportError) as error:
+        # An address that SQLAlchemy cannot read, or a driver that is not installed.
+        raise SetupError(f"NOISY_STUDENT_DATABASE_URL cannot be opened: {error}") from error
 
 
 def _migrate(database: Database) -> None:

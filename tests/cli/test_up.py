@@ -1,0 +1,117 @@
+"""`up` as people use it: it starts, is found by the other verbs, survives its children, and goes without leaving anything behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders_services import wait_until
+from tests.cli.builders import command
+from tests.cli.test_setup import free_port
+
+
+class Up:
+    """A running `up` in a folder of the test's own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOISY_STUDENT_")}
+        environment = inherited | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        self.log = directory / "up.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cli.main", "up", "--port", free_port()],
+                cwd=directory,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.wait((directory / "noisy-student-data/service.json").exists, "the service")
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        return wait_until(condition, seconds=60, what=what)
+
+    def children(self) -> dict[str, int]:
+        """Process id of each child by its module."""
+        found = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            words = _command_of(int(pid)).split("\0")
+            # One that just died has no command any more.
+            if words[1:2] == ["-m"]:
+                found[words[2]] = int(pid)
+        return found
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there and is more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    running = Up(tmp_path)
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_other_verbs_find_address_and_key_by_themselves_and_ctrl_c_ends_with_0(up: Up, tmp_path: Path) -> None:
+    listed = command("keys", "list", "--json", directory=tmp_path)
+    key_file = tmp_path / "noisy-student-data/admin.key"
+    children = up.children()
+
+    up.process.send_signal(signal.SIGINT)
+    code = up.process.wait(60)
+
+    assert [key["name"] for key in json.loads(listed.stdout)] == ["first admin key"]
+    assert key_file.stat().st_mode & 0o077 == 0
+    assert key_file.read_text(encoding="utf-8").strip() in up.log.read_text(encoding="utf-8")
+    assert code == 0
+    assert not any(lives(pid) for pid in children.values())
+    assert not (tmp_path / "noisy-student-data/service.json").exists()
+
+
+def test_kill_9_takes_the_children_down_and_the_next_up_shows_no_second_key(up: Up, tmp_path: Path) -> None:
+    children = up.children()
+
+    up.process.kill()
+    up.process.wait()
+    up.wait(lambda: not any(lives(pid) for pid in children.values()), "the end of the children")
+    (tmp_path / "noisy-student-data/service.json").unlink()
+    again = Up(tmp_path)
+    listed = command("keys", "list", "--json", directory=tmp_path)
+    again.process.terminate()
+
+    assert set(children) == {"server", "workers"}
+    assert len(json.loads(listed.stdout)) == 1
+    assert again.process.wait(60) == 0
+
+
+def test_killed_children_are_started_again(up: Up) -> None:
+    before = up.children()
+
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+
+    up.wait(lambda: up.children().keys() == before.keys() and not set(up.children().values()) & set(before.values()), "new children")
+    assert "ended with -9; starting it again" in up.log.read_text(encoding="utf-8")
