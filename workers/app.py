@@ -17,7 +17,7 @@ from workers.worker import FullWorker
 settings = Settings()
 app = make_celery(settings.redis_url or "redis://127.0.0.1:6379/0")
 # Supervisor and task live in one process: a forked one would have neither the slots nor the database.
-app.conf.update(worker_pool="threads", worker_concurrency=settings.slots)
+app.conf.update(worker_pool="threads", worker_concurrency=settings.slots, worker_redirect_stdouts=False)
 _worker: FullWorker | None = None
 
 

@@ -1,0 +1,60 @@
+"""`celery -A workers.app worker` with a real Redis: hints wake, and losing all of them loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import redis
+
+from core.db.session import Database
+from core.settings import Settings
+from tests.builders_services import wait_until
+from tests.workers.builders import add_ingest, make_settings, running_worker, wait_for_end, write_folder
+
+CELERY = ("celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "WARNING")
+
+
+def open_database(url: str) -> Database:
+    return Database(Settings(database_url=url).resolved_database_url)
+
+
+def test_a_task_wakes_a_slot_and_the_log_says_which_woke_which(postgresql_url: str, redis_url: str, tmp_path: Path) -> None:
+    database = open_database(postgresql_url)
+    # So seldom a look that only the message can have been the reason.
+    settings = make_settings(tmp_path, database, redis_url=redis_url, poll_seconds=600.0)
+    folder = write_folder(tmp_path)
+
+    with running_worker(settings, tmp_path, *CELERY) as worker:
+        wait_until(lambda: worker.lines("worker.started"), seconds=60, what="the worker's start")
+        job_ids = [add_ingest(database, folder, name=f"photos-{number}") for number in range(2)]
+        ended = [wait_for_end(database, job_id) for job_id in job_ids]
+        status = worker.stop()
+
+    assert [job.status for job in ended] == ["succeeded", "succeeded"]
+    woken = {line["job_id"]: line["task_id"] for line in worker.lines("task.woke_job")}
+    assert job_ids[0] in woken
+    assert len(set(woken.values())) == len(woken)
+    assert worker.lines("worker.started")[0]["capabilities"] == ["cpu"]
+    assert status == 0
+    assert worker.lines("worker.stopped")
+    database.close()
+
+
+def test_a_flushed_broker_loses_nothing(postgresql_url: str, redis_url: str, tmp_path: Path) -> None:
+    database = open_database(postgresql_url)
+    settings = make_settings(tmp_path, database, redis_url=redis_url, poll_seconds=2.0, housekeeping_seconds=0.05)
+    folder = write_folder(tmp_path)
+    broker = redis.Redis.from_url(redis_url)
+
+    with running_worker(settings, tmp_path, *CELERY) as worker:
+        wait_until(lambda: worker.lines("worker.started"), seconds=60, what="the worker's start")
+        job_ids = []
+        for number in range(4):
+            job_ids.append(add_ingest(database, folder, name=f"photos-{number}"))
+            broker.flushall()
+        ended = [wait_for_end(database, job_id, seconds=60) for job_id in job_ids]
+
+    assert [job.status for job in ended] == ["succeeded"] * 4
+    assert [job.attempt for job in ended] == [1] * 4
+    broker.close()
+    database.close()

@@ -1,0 +1,79 @@
+"""How a child's errors reach the job's row."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+
+import pytest
+
+from core.lifecycle import ERROR_CLASSES
+from ml import errors
+from workers.attempt import FAILURES, Speaker, describe_failure
+from workers.progress import MOST_WAITING, Reports
+
+
+def every_error(cls: type[errors.MlError] = errors.MlError) -> list[type[errors.MlError]]:
+    return [cls, *(found for below in cls.__subclasses__() for found in every_error(below))]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in every_error() if cls is not errors.Interrupted])
+def test_every_error_of_ml_has_a_class_and_a_code_of_its_own(cls: type[errors.MlError]) -> None:
+    error = cls("message", status="empty") if cls is errors.BadImage else cls("message")
+
+    described = describe_failure(error)
+
+    assert described["class"] in ERROR_CLASSES
+    assert [described["class"], described["code"]] == list(FAILURES[cls])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.Diverged("nan", step=7, loss="nan"), ("permanent", "training.diverged", 7)),
+        (errors.OutOfMemory("big"), ("resource", "memory.exhausted", None)),
+        (MemoryError(), ("resource", "memory.exhausted", None)),
+        (errors.DiskFull("full"), ("retryable", "storage.full", None)),
+        (OSError(errno.ENOSPC, "full"), ("retryable", "storage.full", None)),
+        (OSError(errno.EIO, "bad disk"), ("retryable", "storage.unavailable", None)),
+        (FileNotFoundError(errno.ENOENT, "gone"), ("permanent", "attempt.crashed", None)),
+        (ZeroDivisionError("x"), ("permanent", "attempt.crashed", None)),
+    ],
+)
+def test_an_error_decides_about_retries_by_its_kind(error: BaseException, expected: tuple[str, str, int | None]) -> None:
+    described = describe_failure(error)
+
+    assert (described["class"], described["code"], described.get("step")) == expected
+
+
+def test_a_number_that_json_does_not_know_becomes_null() -> None:
+    stream = io.StringIO()
+
+    Speaker(stream).say({"type": "event", "data": {"loss": math.nan, "all": [1.0, math.inf]}})
+
+    assert json.loads(stream.getvalue()) == {"type": "event", "data": {"loss": None, "all": [1.0, None]}}
+
+
+def test_progress_is_kept_once_and_told_seldom() -> None:
+    reports = Reports()
+    reports.take({"type": "event", "kind": "stage", "data": {"stage": "training"}})
+
+    for done in range(100):
+        reports.take({"type": "event", "kind": "progress", "data": {"done": done, "total": 1000}})
+
+    assert reports.progress == {"stage": "training", "done": 99, "total": 1000}
+    assert [kind for kind, _ in reports.items] == ["stage", "progress"]
+    assert reports.phase == "training"
+
+
+def test_a_database_that_is_away_for_long_costs_points_but_no_memory() -> None:
+    reports = Reports()
+
+    for step in range(3 * MOST_WAITING):
+        reports.take({"type": "event", "kind": "metric", "data": {"step": step}})
+    reports.take({"type": "event", "kind": "checkpoint", "data": {"step": 1}})
+
+    assert len(reports.items) <= MOST_WAITING + 1
+    assert reports.items[-1][0] == "checkpoint"

@@ -1,0 +1,106 @@
+"""A worker that vanishes without a word: its successor on the same host takes over at once, others after the lease."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from core.db.session import Database
+from core.db.tables import Worker
+from core.db.workers import hold_singleton, list_workers
+from tests.builders_services import wait_until
+from tests.workers.builders import (
+    add_ingest,
+    kinds_of,
+    make_settings,
+    read_events,
+    read_job,
+    running_worker,
+    wait_for_end,
+    worker_inside,
+    write_folder,
+)
+from tests.workers.test_attempts import is_gone
+
+
+def freeze_at_work(directory: Path) -> int:
+    """Stop the attempt's process once it has the job's folder for itself; its id."""
+    lock = directory / "lock"
+    pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work"))
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_a_killed_worker_takes_its_attempts_with_it_and_its_successor_goes_on_at_once(database: Database, tmp_path: Path) -> None:
+    # So long a lease that nobody waits for it.
+    settings = make_settings(tmp_path, database, lease_seconds=600.0)
+    job_id = add_ingest(database, write_folder(tmp_path), max_attempts=1)
+    with running_worker(settings, tmp_path, name="first") as first:
+        child = freeze_at_work(tmp_path / "data" / "jobs" / job_id)
+        first.kill()
+        wait_until(lambda: is_gone(child), what="the end of the attempt")
+
+    with running_worker(settings, tmp_path, name="second") as second:
+        job = wait_for_end(database, job_id)
+        assert [line["jobs"] for line in second.lines("worker.predecessor_dead")] == [[job_id]]
+
+    assert (job.status, job.attempt, job.lost_attempts) == ("succeeded", 2, 0)
+    assert kinds_of(read_events(database, job_id)) == ["queued", "started", "interrupted", "started", "succeeded"]
+
+
+def test_a_frozen_worker_is_given_up_on_and_finds_itself_fenced(database: Database, tmp_path: Path) -> None:
+    job_id = add_ingest(database, write_folder(tmp_path))
+    with running_worker(make_settings(tmp_path, database, lease_seconds=1.5), tmp_path, name="frozen") as frozen:
+        child = freeze_at_work(tmp_path / "data" / "jobs" / job_id)
+        frozen.signal(signal.SIGSTOP)
+        with worker_inside(make_settings(tmp_path, database)):
+            job = wait_for_end(database, job_id)
+        # It stood in the way of its successor, in the same folder.
+        assert is_gone(child)
+
+        frozen.signal(signal.SIGCONT)
+        wait_until(lambda: any(line["status"] in ("fenced", "succeeded") for line in frozen.lines("attempt.ended")), what="the thaw")
+
+    assert job.status == "succeeded"
+    after = read_job(database, job_id)
+    assert (after.status, after.token, after.attempt) == (job.status, job.token, job.attempt)
+    events = read_events(database, job_id)
+    assert kinds_of(events).count("succeeded") == 1
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+
+
+def test_the_dead_are_told_from_the_living(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    settings = make_settings(tmp_path, database)
+
+    with running_worker(settings, tmp_path) as worker:
+        wait_until(lambda: worker.lines("worker.started"), what="the worker's start")
+        with worker_inside(settings):
+            with database.reading() as session:
+                stopped = {row.pid: row.stopped_at for row in list_workers(session)}
+            assert stopped == {worker.process.pid: None, os.getpid(): None}
+        worker.kill()
+        with worker_inside(settings), database.reading() as session:
+            assert [row.stopped_at is None for row in list_workers(session) if row.pid == worker.process.pid] == [False]
+    database.close()
+
+
+def test_a_dead_housekeeper_is_followed_at_once(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    with running_worker(make_settings(tmp_path, database), tmp_path) as worker:
+        wait_until(lambda: worker.lines("worker.started"), what="the worker's start")
+        with database.reading() as session:
+            [row] = session.query(Worker).all()
+        worker.kill()
+    with database.transaction() as session:
+        hold_singleton(session, "housekeeping", holder=row.name, seconds=600)
+
+    with worker_inside(make_settings(tmp_path, database)) as successor:
+
+        def keeps_house() -> bool:
+            with database.transaction() as session:
+                return hold_singleton(session, "housekeeping", holder=successor.supervisor.name, seconds=6)
+
+        wait_until(keeps_house, what="the successor's housekeeping")
+    database.close()
