@@ -17,7 +17,7 @@ import typer
 
 from cli.client import API, ApiProblem, Client
 from cli.datasets import describe_version, finish
-from cli.digits import DigitFolders, write_digits
+from cli.digits import LABELED_PER_CLASS, DigitFolders, write_digits
 from cli.generations import describe_gate, move_to
 from cli.invocation import Invocation, find_key, get_invocation, read_service_file
 from cli.output import Output, show_accuracy, show_duration
@@ -50,7 +50,7 @@ def demo(
     folders = write_digits(settings.data_directory / "datasets" / f"digits-{seed}", seed=seed)
     output.say(
         f"scikit-learn's digits as PNG files in {folders.labeled.parent}:\n"
-        f"  {folders.num_labeled} labeled (20 of each digit), {folders.num_unlabeled} without labels, {folders.num_test} for testing"
+        f"  {folders.num_labeled} labeled ({LABELED_PER_CLASS} of each digit), {folders.num_unlabeled} without labels, {folders.num_test} for testing"
     )
     with running_service(settings, output, keep=keep) as client:
         invocation = Invocation(url=client.url, key=None, output=output)
@@ -150,7 +150,8 @@ your own images, below a folder per class:
   noisy-student datasets add photos ~/my-images/train --kind labeled
   noisy-student datasets add photos-test ~/my-images/test --kind evaluation
   noisy-student datasets split photos --labeled 200 --unlabeled rest
-  noisy-student runs start --labeled photos-labeled --unlabeled photos-unlabeled --test photos-test --preset small-32px
+  noisy-student runs start --labeled photos-labeled --unlabeled photos-unlabeled --test photos-test --preset photos-224
+      (small-32px for images of about that size)
   noisy-student watch
   noisy-student promote GENERATION && noisy-student predict ~/my-images/test/*/*.jpg"""
     )
