@@ -36,7 +36,7 @@ def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> An
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(0.3)
     raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
@@ -88,6 +88,11 @@ class Service:
         self.data_directory = data_directory
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
+    def close(self) -> None:
+        """Stop its processes and hang up."""
+        self.client.close()
+        self.processes.stop_all()
+
     def wait_ready(self, *, seconds: float = 30) -> None:
         def ready() -> bool:
             with contextlib.suppress(httpx.TransportError):
@@ -137,7 +142,7 @@ def embedded(directory: Path, *, roots: Path, **environment: str) -> Iterator[Se
     try:
         yield service
     finally:
-        service.processes.stop_all()
+        service.close()
 
 
 def start_embedded(directory: Path, *, roots: Path, **environment: str) -> Service:
@@ -182,7 +187,7 @@ def fleet(directory: Path, *, roots: Path, database_url: str, redis_url: str, **
         service.wait_ready()
         yield service
     finally:
-        processes.stop_all()
+        service.close()
 
 
 def start_celery_worker(processes: Processes, name: str) -> None:

@@ -14,6 +14,8 @@ from tests.e2e.processes import Service, embedded, wait_until
 from tests.e2e.test_whole_loop import RECIPE, wait_for_iteration, write_folders
 from tests.ml.builders_images import image_bytes, write_class_folders, write_image
 
+pytestmark = pytest.mark.timeout(900)
+
 QUICK: dict[str, Any] = {
     **RECIPE,
     "teacher": {"training": {"steps": 20, "batch_size": 18, "evaluate_every_steps": 10, "ema_decay": 0.5}},

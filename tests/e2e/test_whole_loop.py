@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.processes import Service, embedded, fleet, follow, start_celery_worker, wait_until
 from tests.ml.builders_images import write_class_folders, write_image
 
+pytestmark = pytest.mark.timeout(900)
+
 RECIPE = {
     "teacher": {"training": {"steps": 60, "batch_size": 18, "evaluate_every_steps": 30, "ema_decay": 0.9}},
     "students": [{"training": {"steps": 60, "batch_size": 6, "evaluate_every_steps": 30, "ema_decay": 0.9}}],
