@@ -24,13 +24,12 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     try:
-        worker = FullWorker(settings)
+        worker = FullWorker(settings, on_crash=stop.set)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     worker.start()
-    while not stop.is_set() and not worker.supervisor.crashed.is_set():
-        stop.wait(0.5)
+    stop.wait()
     worker.stop()
     return 1 if worker.supervisor.crashed.is_set() else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -28,7 +30,7 @@ def start(sender: Any, **_: Any) -> None:
     configure_logs(json_lines=not sys.stderr.isatty())
     capabilities = tuple(sorted(sender.app.amqp.queues.consume_from))
     try:
-        _worker = FullWorker(settings, capabilities=capabilities)
+        _worker = FullWorker(settings, capabilities=capabilities, on_crash=lambda: os.kill(os.getpid(), signal.SIGTERM))
     except SetupError as error:
         get_log().error("worker.cannot_start", error=error.message)
         raise SystemExit(2) from error

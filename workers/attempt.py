@@ -89,21 +89,21 @@ class Speaker:
         self._lock = threading.Lock()
 
     def say(self, message: dict[str, Any]) -> None:
-        """One line. Numbers that JSON does not know become null."""
-        try:
-            line = json.dumps(message, allow_nan=False, default=str)
-        except ValueError:
-            line = json.dumps(_finite(message), allow_nan=False, default=str)
+        """One line that every database takes."""
+        line = json.dumps(_clean(message), allow_nan=False, default=str)
         with self._lock:
             self._stream.write(line + "\n")
             self._stream.flush()
 
 
-def _finite(value: Any) -> Any:
+def _clean(value: Any) -> Any:
+    """Without what JSON (NaN, infinity) or PostgreSQL's JSON (the character 0, half characters) does not know."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {_clean(str(key)): _clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_clean(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("\0", "").encode(errors="replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -114,7 +114,8 @@ class Slot(threading.Thread):
             ended, done = None, False
         except Exception:  # the supervisor's side of an attempt's outermost frame: one odd job must not end the worker
             log.exception("attempt.surprise")
-            ended, done = self._fail(job, dict(_SURPRISE), watch), False
+            # Without the reports: they may be what the database refuses.
+            ended, done = self._fail(job, dict(_SURPRISE), None), False
         keep = done and job.kind == "label" and job.pseudo_label_set_id is not None
         if watch is not None and keep:
             self._child = watch.child
@@ -136,7 +137,7 @@ class Slot(threading.Thread):
             self._child = None
 
     def _follow(self, watch: Watch) -> tuple[Job | None, bool]:
-        """Listen until the attempt ends, and write how: (the job's row, None when fenced; whether the process can go on)."""
+        """Listen until the attempt ends, and write how: (the job's row, None when fenced; whether the process can take more)."""
         while True:
             message = watch.child.next_message(_LISTEN_SECONDS)
             if message is not None and message["type"] in FINAL:
@@ -218,7 +219,7 @@ class Slot(threading.Thread):
             kept = outcomes.write_reports(session, job, watch.reports, lease_seconds=self._settings.lease_seconds)
             return None if kept is None else outcomes.record_success(session, job, message["result"], files, log)
 
-        return self._settle(write), True
+        return self._settle(write), watch.stop_reason is None
 
     def _fail(self, job: Job, error: dict[str, Any], watch: Watch | None) -> Job | None:
         log, backoff = self._store_log(job), self._settings.retry_backoff_seconds

@@ -45,6 +45,7 @@ class Supervisor:
         name: str | None = None,
         capabilities: tuple[str, ...] | None = None,
         on_job_ended: Callable[[Job], None] | None = None,
+        on_crash: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
         self.database = database
@@ -55,6 +56,7 @@ class Supervisor:
         self.stopping = threading.Event()
         self.crashed = threading.Event()
         self._on_job_ended = on_job_ended
+        self._on_crash = on_crash
         self._worker_id: str | None = None
         self._hints: deque[str | None] = deque()
         self._idle = 0
@@ -142,6 +144,8 @@ class Supervisor:
         get_log().error("worker.crashed", worker=self.name, error=repr(error))
         self.crashed.set()
         self.ask_to_stop()
+        if self._on_crash is not None:
+            self._on_crash()
 
     def _bury_predecessors(self, own: WorkerDescription) -> None:
         """Release at once what workers of this boot held whose process is gone, instead of waiting for their leases."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from core.db.schema import check_schema
 from core.db.session import Database
 from core.queue import make_queue
@@ -14,14 +16,22 @@ from workers.supervisor import Supervisor, make_name
 class FullWorker:
     """Opened once a process."""
 
-    def __init__(self, settings: Settings, *, capabilities: tuple[str, ...] | None = None) -> None:
-        """SchemaMismatch when the database is not the code's."""
+    def __init__(
+        self, settings: Settings, *, capabilities: tuple[str, ...] | None = None, on_crash: Callable[[], None] | None = None
+    ) -> None:
+        """SchemaMismatch when the database is not the code's. `on_crash` must bring the process to call `stop`."""
         self.database = Database(settings.resolved_database_url)
         check_schema(self.database)
         storage, name = LocalStorage(settings.objects_directory), make_name(settings)
         self.housekeeping = Housekeeping(settings, self.database, storage, make_queue(settings.redis_url), holder=name)
         self.supervisor = Supervisor(
-            settings, self.database, storage, name=name, capabilities=capabilities, on_job_ended=self.housekeeping.follow
+            settings,
+            self.database,
+            storage,
+            name=name,
+            capabilities=capabilities,
+            on_job_ended=self.housekeeping.follow,
+            on_crash=on_crash,
         )
 
     def start(self) -> None:

@@ -213,6 +213,20 @@ def test_a_job_whose_stored_input_is_gone_fails_before_a_process_is_started(sqli
     database.close()
 
 
+def test_a_job_that_makes_no_sense_fails_and_the_worker_goes_on(database: Database, tmp_path: Path) -> None:
+    odd = jobs.NewJob(kind="ingest", input={})
+    with database.transaction() as session:
+        jobs.enqueue(session, [odd])
+    job_id = add_ingest(database, write_folder(tmp_path))
+
+    with worker_inside(make_settings(tmp_path, database)) as worker:
+        failed, job = wait_for_end(database, odd.id), wait_for_end(database, job_id)
+        assert not worker.supervisor.crashed.is_set()
+
+    assert (failed.status, (failed.error or {})["code"]) == ("failed", "attempt.surprise")
+    assert job.status == "succeeded"
+
+
 def test_a_full_disk_is_worth_another_attempt(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
     settings = make_settings(tmp_path, database, retry_backoff_seconds=0.5)

@@ -48,12 +48,12 @@ def test_an_error_decides_about_retries_by_its_kind(error: BaseException, expect
     assert (described["class"], described["code"], described.get("step")) == expected
 
 
-def test_a_number_that_json_does_not_know_becomes_null() -> None:
+def test_what_no_database_takes_is_left_out_of_a_line() -> None:
     stream = io.StringIO()
 
-    Speaker(stream).say({"type": "event", "data": {"loss": math.nan, "all": [1.0, math.inf]}})
+    Speaker(stream).say({"type": "event", "data": {"loss": math.nan, "all": [1.0, math.inf], "key": "a\0b\udc80", "\\u0000": "ö"}})
 
-    assert json.loads(stream.getvalue()) == {"type": "event", "data": {"loss": None, "all": [1.0, None]}}
+    assert json.loads(stream.getvalue()) == {"type": "event", "data": {"loss": None, "all": [1.0, None], "key": "ab?", "\\u0000": "ö"}}
 
 
 def test_progress_is_kept_once_and_told_seldom() -> None:

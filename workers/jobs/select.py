@@ -68,7 +68,7 @@ def write_items(path: Path, shards: Sequence[str], selected: Path) -> None:
     places = pc.index_in(table.column("key"), value_set=chosen.column("key").combine_chunks())
     repeats = pc.fill_null(chosen.column("repeat").take(places), 0).cast(pa.int32())
     table = table.append_column("repeat", repeats)
-    order = pc.sort_indices(table, [("confidence", "descending"), ("key", "ascending")], null_placement="at_end")
+    order = pc.sort_indices(table, [("confidence", "descending"), ("key", "ascending")])
     with written_aside(path) as aside:
         ordered = table.take(order).replace_schema_metadata(None)
         pq.write_table(ordered, aside, compression="zstd", row_group_size=ITEMS_ROW_GROUP, use_dictionary=["status"])
