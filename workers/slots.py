@@ -114,8 +114,11 @@ class Slot(threading.Thread):
             ended, done = None, False
         except Exception:  # the supervisor's side of an attempt's outermost frame: one odd job must not end the worker
             log.exception("attempt.surprise")
-            # Without the reports: they may be what the database refuses.
-            ended, done = self._fail(job, dict(_SURPRISE), None), False
+            # Nothing but the job itself is written: whatever else belongs to it may be what the surprise comes from.
+            ended, done = (
+                self._settle(lambda session: jobs.fail(session, job.id, token=job.token, error=_SURPRISE, backoff_seconds=0)),
+                False,
+            )
         keep = done and job.kind == "label" and job.pseudo_label_set_id is not None
         if watch is not None and keep:
             self._child = watch.child
