@@ -50,7 +50,8 @@ def demo(
     folders = write_digits(settings.data_directory / "datasets" / f"digits-{seed}", seed=seed)
     output.say(
         f"scikit-learn's digits as PNG files in {folders.labeled.parent}:\n"
-        f"  {folders.num_labeled} labeled ({LABELED_PER_CLASS} of each digit), {folders.num_unlabeled} without labels, {folders.num_test} for testing"
+        f"  {folders.num_labeled} labeled ({LABELED_PER_CLASS} of each digit), {folders.num_unlabeled} without labels, "
+        f"{folders.num_test} for testing"
     )
     with running_service(settings, output, keep=keep) as client:
         invocation = Invocation(url=client.url, key=None, output=output)
@@ -82,8 +83,11 @@ def _show_the_loop(invocation: Invocation, folders: DigitFolders, *, seed: int, 
         return code
     lineage = invocation.client.get(f"{API}/runs/{run['id']}/lineage")["generations"]
     best = choose_student(lineage)
-    _promote(invocation, lineage, best)
-    _predict(invocation, folders)
+    # A demo before this one may have left its generation in production.
+    taken = {alias["name"] for alias in invocation.client.get(f"{API}/aliases")["items"]}
+    alias = "production" if "production" not in taken else f"demo-{stamp}"
+    _promote(invocation, alias, lineage, best)
+    _predict(invocation, alias, folders)
     return 0
 
 
@@ -103,27 +107,27 @@ def choose_student(lineage: list[dict[str, Any]]) -> dict[str, Any]:
     return max(students, key=lambda entry: (entry["validation"]["top1"], entry["iteration"]))
 
 
-def _promote(invocation: Invocation, lineage: list[dict[str, Any]], best: dict[str, Any]) -> None:
+def _promote(invocation: Invocation, alias: str, lineage: list[dict[str, Any]], best: dict[str, Any]) -> None:
     output, client = invocation.output, invocation.client
     teacher = lineage[0]
-    moved = move_to(client, "demo", teacher["generation_id"])
-    output.say(f"\npromoted the teacher: alias `demo` is {moved['generation_id']}")
+    moved = move_to(client, alias, teacher["generation_id"])
+    output.say(f"\npromoted the teacher: alias `{alias}` is {moved['generation_id']}")
     try:
-        moved = move_to(client, "demo", best["generation_id"])
+        moved = move_to(client, alias, best["generation_id"])
     except ApiProblem as problem:
         if problem.code != "gate_refused":
             raise
         output.say(f"the gate keeps the teacher: {problem.detail}")
         return
     output.say(
-        f"promoted the student of iteration {best['iteration']}: alias `demo` is {moved['generation_id']}{describe_gate(moved['gate'])}"
+        f"promoted the student of iteration {best['iteration']}: alias `{alias}` is {moved['generation_id']}{describe_gate(moved['gate'])}"
     )
     output.say(f"on test it has {show_accuracy(best['test'])}, the teacher {show_accuracy(teacher['test'])}; test chose nothing")
 
 
-def _predict(invocation: Invocation, folders: DigitFolders) -> None:
+def _predict(invocation: Invocation, alias: str, folders: DigitFolders) -> None:
     files = [min(folder.glob("*.png")) for folder in sorted(folders.test.iterdir())]
-    answers = [ask(invocation.client, path, alias="demo", top_k=3) for path in files]
+    answers = [ask(invocation.client, path, alias=alias, top_k=3) for path in files]
     rows = [
         {
             "file": f"test/{path.parent.name}/{path.name}",

@@ -40,6 +40,11 @@ class Invocation:
         may_use_file = not given or is_loopback(url)
         return Client(url, self.key or os.environ.get(KEY_VARIABLE) or (find_key(self.settings) if may_use_file else None))
 
+    def close(self) -> None:
+        """Hang up, if the service was called at all."""
+        if "client" in self.__dict__:
+            self.client.close()
+
 
 def get_invocation(context: typer.Context) -> Invocation:
     """The call that a verb belongs to."""

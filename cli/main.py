@@ -51,7 +51,9 @@ def global_options(
     if data_directory is not None:
         # Through the environment, so that the processes that `up` starts see it too.
         os.environ[DATA_DIRECTORY_VARIABLE] = str(data_directory)
-    context.obj = Invocation(url=url, key=key, output=Output(as_json=json))
+    invocation = Invocation(url=url, key=key, output=Output(as_json=json))
+    context.obj = invocation
+    context.call_on_close(invocation.close)
 
 
 app.command("up")(up.up)

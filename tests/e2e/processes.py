@@ -93,7 +93,7 @@ class Service:
         self.client.close()
         self.processes.stop_all()
 
-    def wait_ready(self, *, seconds: float = 30) -> None:
+    def wait_ready(self, *, seconds: float = 120) -> None:
         def ready() -> bool:
             with contextlib.suppress(httpx.TransportError):
                 return self.client.get("/readyz").status_code == 200
