@@ -204,32 +204,45 @@ def _hash_limits(
     hash_K, equal_K = np.zeros(len(cut_K), dtype=np.uint64), np.zeros(len(cut_K), dtype=np.int64)
     if not chosen_K.any():
         return hash_K, equal_K
-    asked_classes, asked_hashes = [], []
+    asked = _Asked(len(cut_K))
     for chunk in chunks:
         rows, bits = _passing(chunk, *span)
         classes = chunk.classes[rows]
-        asked = _asks_hash(bits, classes, cut_K, capped_K, chosen_K)
-        asked_classes.append(classes[asked].astype(np.int32))
-        asked_hashes.append(chunk.hashes(rows[asked]))
-    of_classes, hashes = np.concatenate(asked_classes), np.concatenate(asked_hashes)
-    ends = _sort_blocks(of_classes, hashes, len(cut_K))
+        places = _asks_hash(bits, classes, cut_K, capped_K, chosen_K)
+        asked.add(classes[places], chunk.hashes(rows[places]))
     for k in np.flatnonzero(chosen_K):
-        of_class = np.concatenate([hashes[start:stop] for start, stop in zip(ends[:, k], ends[:, k + 1], strict=True)])
+        of_class = asked.of_class(int(k))
         limit = np.partition(of_class, chosen_K[k] - 1)[chosen_K[k] - 1]
         hash_K[k] = limit
         equal_K[k] = chosen_K[k] - (of_class < limit).sum()
     return hash_K, equal_K
 
 
-def _sort_blocks(classes: npt.NDArray[np.int32], hashes: Hashes, num_classes: int) -> Ints:
-    """Sort `hashes` by class in place, block by block: all at once would need their memory again.
+class _Asked:
+    """Hashes by class: 8 bytes each and never all of them twice, so they are sorted by class block by block as they come."""
 
-    Block b's hashes of class k then lie from [b, k] to [b, k + 1] of what is returned.
-    """
-    ends = []
-    for start in range(0, len(classes), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        hashes[block] = hashes[block][np.argsort(classes[block], kind="stable")]
-        counts_K = np.bincount(classes[block], minlength=num_classes)
-        ends.append(start + np.concatenate([[0], counts_K.cumsum()]))
-    return np.stack(ends)
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._waiting: list[tuple[Ints, Hashes]] = []
+        self._num_waiting = 0
+        self._blocks: list[tuple[Hashes, Ints]] = []
+
+    def add(self, classes: Ints, hashes: Hashes) -> None:
+        self._waiting.append((classes, hashes))
+        self._num_waiting += len(classes)
+        if self._num_waiting >= _BLOCK:
+            self._sort()
+
+    def of_class(self, k: int) -> Hashes:
+        """Every hash of class k, in a copy."""
+        self._sort()
+        return np.concatenate([np.zeros(0, np.uint64), *(hashes[ends[k] : ends[k + 1]] for hashes, ends in self._blocks)])
+
+    def _sort(self) -> None:
+        """Close the block. Its hashes of class k lie from ends[k] to ends[k + 1]."""
+        if not self._waiting:
+            return
+        classes, hashes = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        ends = np.concatenate([[0], np.bincount(classes, minlength=self._num_classes).cumsum()])
+        self._blocks.append((hashes[np.argsort(classes, kind="stable")], ends))
+        self._waiting, self._num_waiting = [], 0

@@ -174,7 +174,8 @@ def read_batches(path: str | Path, columns: Sequence[str]) -> Iterator[pa.Table]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    # Buffering ahead holds all columns of all row groups at once.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
             yield pa.Table.from_batches([batch])
 
