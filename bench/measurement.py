@@ -127,10 +127,11 @@ def _own_seconds() -> float:
     """CPU seconds of this process, its living descendants and its ended children."""
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
-    return own + sum(_seconds_of(pid) for pid in _descendants(os.getpid()))
+    return own + sum(_seconds_of(pid) for pid in list_descendants(os.getpid()))
 
 
-def _descendants(pid: int) -> list[int]:
+def list_descendants(pid: int) -> list[int]:
+    """Process ids of a process's children, their children, and so on."""
     found: list[int] = []
     waiting = [pid]
     while waiting:
@@ -171,6 +172,12 @@ def seconds_per_call(work: Callable[[], Any], *, at_least: float) -> float:
         work()
         calls += 1
     return elapsed / calls
+
+
+def typical_seconds(turns: Mapping[str, Sequence[float]], name: str) -> float:
+    """The median of calm turns. On a disturbed machine the lowest: what others take of the time is not the program's."""
+    disturbed = statistics.median(turns["others"]) > _CALM
+    return _round(min(turns[name]) if disturbed else statistics.median(turns[name]))
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
+if "rich" in sys.modules or TYPE_CHECKING:
+    import structlog
+else:
+    # structlog 26 imports rich, where it is installed, for tracebacks that `format_exc_info` below writes anyway: a tenth of a
+    # second of the start of every process that keeps logs. A None makes that import fail, which structlog is ready for.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        import structlog
+    finally:
+        del sys.modules["rich"]
 
 SECRET_WORDS = ("secret", "password", "authorization", "api_key", "token_secret")
 
