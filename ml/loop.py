@@ -6,6 +6,7 @@ Everything lies in one output folder and every finished piece is left alone, so 
     generation-0/                                             the first teacher
     iteration-1/shards/*.parquet, selected.parquet            its guesses, and which of them were chosen
     generation-1/, control-1/                                 the student, and its control
+    recipe.json, folders.json, runtime.json                   what this folder belongs to
     lineage.json                                              every generation with its figures
     work/                                                     checkpoints
 """
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ml.config import Recipe, RuntimeConfig
-from ml.errors import ClassMismatch, Leakage
+from ml.errors import ClassMismatch, Leakage, RecipeError
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
+from ml.files import write_bytes
 from ml.ingestion import find_leakage, scan
 from ml.manifest import Kind, Manifest, split_validation
 from ml.self_training import GenerationRecord, IterationPlan, Stop, next_iteration
@@ -43,11 +45,19 @@ class Folders:
     validation: Path | None = None
     """One folder per class; None cuts it from the labeled images."""
 
+    def inputs(self) -> dict[str, str | None]:
+        """The folders that are read, resolved."""
+        named = {"labeled": self.labeled, "unlabeled": self.unlabeled, "test": self.test, "validation": self.validation}
+        return {name: None if path is None else str(path.resolve()) for name, path in named.items()}
+
 
 class LocalRun:
     """One run of a recipe over four folders."""
 
     def __init__(self, folders: Folders, recipe: Recipe, *, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> None:
+        if recipe.labeling.selection_model is not None:
+            message = "labeling.selection_model names a generation of the service and works there only; leave it out of a local run"
+            raise RecipeError(message, pointer="/labeling/selection_model")
         self.folders = folders
         self.recipe = recipe
         self.on_event = on_event
@@ -58,7 +68,8 @@ class LocalRun:
     def run(self) -> list[dict[str, Any]]:
         """Train generation 0, then iterate until `next_iteration` says stop; returns the lineage, oldest first."""
         self.folders.output.mkdir(parents=True, exist_ok=True)
-        self._remember_recipe()
+        self._remember("recipe", to_json(self.recipe))
+        self._remember("folders", json.dumps(self.folders.inputs(), indent=1))
         self._read_folders()
         history = [self._train("teacher", 0, None)]
         while True:
@@ -68,13 +79,14 @@ class LocalRun:
                 return self.lineage
             history.append(self._iterate(decided, history))
 
-    def _remember_recipe(self) -> None:
-        """A folder belongs to one recipe: going on with another would mix two experiments."""
-        path = self.folders.output / "recipe.json"
-        text = to_json(self.recipe) + "\n"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise FileExistsError(f"{self.folders.output} holds a run of another recipe; take another --out, or the recipe in {path}")
-        path.write_text(text, encoding="utf-8")
+    def _remember(self, name: str, text: str) -> None:
+        """An output folder belongs to one recipe and its input folders: going on with others would mix two experiments."""
+        path = self.folders.output / f"{name}.json"
+        data = f"{text}\n".encode()
+        if not path.exists():
+            write_bytes(path, data)
+        elif path.read_bytes() != data:
+            raise FileExistsError(f"{self.folders.output} holds a run of another {name}; take another --out, or the {name} in {path}")
 
     def _manifest(self, name: str) -> Path:
         return self.folders.output / "manifests" / f"{name}.parquet"
@@ -107,6 +119,10 @@ class LocalRun:
         if found:
             keys = [str(row["key"]) for row in found[:100]]
             raise Leakage(f"{len(found)} evaluation images also sit in labeled or unlabeled data, for example {keys[0]}", keys=keys)
+        found = find_leakage(evaluation[:1], evaluation[1:])
+        if found:
+            keys = [str(row["key"]) for row in found[:100]]
+            raise Leakage(f"{len(found)} test images also sit in validation, for example {keys[0]}", keys=keys)
 
     def _validation_manifest(self) -> Path:
         """The validation images: given, or cut from the labeled ones exactly as training cuts them."""
@@ -130,7 +146,7 @@ class LocalRun:
                 self._runtime = from_json(RuntimeConfig, path.read_text(encoding="utf-8"))
             else:
                 self._runtime = resolve_runtime(self.recipe.runtime, image_size=self.recipe.image.size)
-                path.write_text(to_json(self._runtime) + "\n", encoding="utf-8")
+                write_bytes(path, f"{to_json(self._runtime)}\n".encode())
         return self._runtime
 
     def _train(self, role: str, iteration: int, plan: IterationPlan | None, teacher: GenerationRecord | None = None) -> GenerationRecord:
