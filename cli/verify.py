@@ -265,11 +265,13 @@ def _files_of_rows(session: Session) -> Found:
 
 
 def _runs(session: Session) -> Found:
-    """A completed run has nothing left to do; in a failed one, what waits may wait for a retry."""
-    query = sa.select(Job.id, Job.status, Run.id).join(Run, Run.id == Job.run_id)
-    unfinished = query.where(Run.status == "completed", Job.status.not_in(JOB_TERMINAL))
-    for job_id, status, run_id in session.execute(unfinished):
-        yield job_id, f"is {status}, but its run {run_id} is completed"
+    """A completed or canceled run has nothing left to do; in a failed one, what waits may wait for a retry."""
+    query = sa.select(Job.id, Job.status, Run.id, Run.status).join(Run, Run.id == Job.run_id)
+    # An attempt of a canceled run that knows of the wish may still be stopping.
+    stopping = sa.and_(Run.status == "canceled", Job.status == "running", Job.cancel_requested_at.is_not(None))
+    unfinished = query.where(Run.status.in_(("completed", "canceled")), Job.status.not_in(JOB_TERMINAL), sa.not_(stopping))
+    for job_id, status, run_id, run_status in session.execute(unfinished):
+        yield job_id, f"is {status}, but its run {run_id} is {run_status}"
 
 
 def _damaged_files(database: Database, storage: Storage, files: dict[str, StoredFile]) -> Found:

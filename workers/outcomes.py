@@ -108,12 +108,7 @@ def _give_up_versions(session: Session, job: Job) -> None:
 
 def record_interruption(session: Session, job: Job, log: Stored, *, reason: str) -> Job | None:
     """The attempt stopped because it was asked to: canceled when somebody wished that, else queued again at no cost. None when fenced."""
-    # The wish may have come after the supervisor looked last.
-    wished = jobs.get_job(session, job.id).cancel_requested_at is not None
-    if wished:
-        ended = jobs.cancel_held(session, job.id, token=job.token)
-    else:
-        ended = jobs.interrupt(session, job.id, token=job.token, reason=reason)
+    ended = jobs.interrupt(session, job.id, token=job.token, reason=reason)
     if ended is not None:
         name_files(session, job.id, log)
         _give_up_versions(session, ended)

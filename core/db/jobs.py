@@ -174,6 +174,8 @@ def fail(session: Session, job_id: str, *, token: int, error: dict[str, Any], ba
 def _end_attempt(
     session: Session, job_id: str, token: int, error: dict[str, Any], *, again: bool, lost: int, backoff_seconds: float
 ) -> Job | None:
+    if again and (canceled := _cancel_if_wished(session, job_id, token)) is not None:
+        return canceled
     moment = now(session)
     values: dict[str, Any] = {"error": error, "lost_attempts": lost, **_released(None if again else moment)}
     if again:
@@ -191,7 +193,7 @@ def _end_attempt(
 
 
 def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) -> list[Job]:
-    """Take jobs back whose lease ran out: queued again, or failed after `max_attempts`."""
+    """Take jobs back whose lease ran out: queued again, failed after `max_attempts`, or canceled when that was wished."""
     moment = now(session)
     query = sa.select(Job.id, Job.token, Job.lost_attempts, Job.max_attempts, Job.lease_holder)
     rows = session.execute(query.where(Job.status == "running", Job.lease_until < moment).limit(limit)).all()
@@ -205,7 +207,9 @@ def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) 
 
 
 def interrupt(session: Session, job_id: str, *, token: int, reason: str) -> Job | None:
-    """Give a healthy job back to the queue; costs no attempt. None when fenced."""
+    """Give a healthy job back to the queue, or end it as canceled when that was wished; costs no attempt. None when fenced."""
+    if (canceled := _cancel_if_wished(session, job_id, token)) is not None:
+        return canceled
     moment = now(session)
     job = _update_held(session, job_id, token, {"status": "queued", "not_before": None, "hinted_at": None, **_released(None)})
     if job is not None:
@@ -227,6 +231,7 @@ def request_cancel(session: Session, job_id: str) -> Job:
 
     WrongState when it already succeeded or failed.
     """
+    _lock(session, job_id)
     moment = now(session)
     waiting = (
         sa.update(Job)
@@ -250,6 +255,16 @@ def request_cancel(session: Session, job_id: str) -> Job:
     if job.status in ("succeeded", "failed"):
         raise WrongState(f"job {job_id} already {job.status}; only a queued or running job can be canceled", status=job.status)
     return job
+
+
+def _lock(session: Session, job_id: str) -> datetime | None:
+    """Hold the row, so that a wish and a return to the queue come one after the other; when the job was wished canceled."""
+    return session.scalar(sa.select(Job.cancel_requested_at).where(Job.id == job_id).with_for_update())
+
+
+def _cancel_if_wished(session: Session, job_id: str, token: int) -> Job | None:
+    """Instead of queueing it again: nobody would claim a job of a canceled run, and its wish would be forgotten."""
+    return cancel_held(session, job_id, token=token) if _lock(session, job_id) is not None else None
 
 
 def cancel_held(session: Session, job_id: str, *, token: int) -> Job | None:

@@ -102,6 +102,11 @@ def leave_work_in_a_completed_run(session: Session, history: History) -> object:
     return session.execute(sa.insert(Job).values(**copy | changed))
 
 
+def leave_work_in_a_canceled_run(session: Session, history: History) -> object:
+    session.execute(sa.update(Run).where(Run.id == history.run_id).values(status="canceled"))
+    return leave_work_in_a_completed_run(session, history)
+
+
 DEFECTS: dict[str, tuple[Plant, str]] = {
     "a token that does not rise": (start_with_an_old_token, "job histories"),
     "a move after the end": (go_on_after_the_end, "job histories"),
@@ -119,6 +124,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     "a version with another manifest": (name_another_manifest, "files of rows"),
     "a file that is not there": (name_a_file_that_is_not_there, "referenced files"),
     "work left in a completed run": (leave_work_in_a_completed_run, "runs"),
+    "work left in a canceled run": (leave_work_in_a_canceled_run, "runs"),
 }
 
 

@@ -169,6 +169,32 @@ def test_canceling_twice_is_one_wish(database: Database) -> None:
     assert kinds == ["queued", "started", "cancel_requested"]
 
 
+@pytest.mark.parametrize("how", ["lease", "error", "dead worker", "interruption"])
+def test_an_attempt_that_is_lost_after_the_wish_ends_canceled(database: Database, how: str) -> None:
+    job = start(database)
+    with database.transaction() as session:
+        jobs.request_cancel(session, job.id)
+
+    if how == "lease":
+        expire(database, job.id)
+        lose(database)
+    elif how == "error":
+        fail(database, job)
+    else:
+        with database.transaction() as session:
+            if how == "dead worker":
+                assert [one.id for one in jobs.release_dead_holder(session, job.lease_holder or "")] == [job.id]
+            else:
+                jobs.interrupt(session, job.id, token=job.token, reason="worker.stopped")
+
+    ended = read(database, job.id)
+    assert (ended.status, ended.lease_holder, ended.finished_at is not None) == ("canceled", None, True)
+    assert claim(database) is None
+    with database.reading() as session:
+        kinds = [event.kind for event in list_job_events(session, job.id, after=0, limit=100)]
+    assert kinds == ["queued", "started", "cancel_requested", "canceled"]
+
+
 def test_cancel_and_finish_at_one_moment_leave_one_end_and_gapless_events(database: Database) -> None:
     running = [start(database) for _ in range(12)]
 
