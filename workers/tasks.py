@@ -16,16 +16,17 @@ def register(app: Celery, find_supervisor: Callable[[], Supervisor | None]) -> A
     """Add `run_job` to the app; `find_supervisor` gives the one of this process, None while it is not up."""
 
     @app.task(name=TASK_NAME, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
-    def run_job(task: Task, job_id: str) -> None:
-        """Wake a slot for this job, or hand the hint on to a worker that has one free."""
+    def run_job(task: Task, job_id: str, handed_on: bool = False) -> None:
+        """Wake a slot for this job, or hand the hint on to a worker that has one free: once, then it is dropped."""
         supervisor = find_supervisor()
         log = get_log().bind(task_id=task.request.id, job_id=job_id)
         if supervisor is not None and supervisor.wake(job_id):
             log.info("task.woke_job", worker=supervisor.name)
             return
-        capability = supervisor.find_waiting(job_id) if supervisor is not None else None
+        capability = supervisor.find_waiting(job_id) if supervisor is not None and not handed_on else None
         if capability is not None:
-            # A hint that stayed here would wait for this worker, while another one is idle.
-            app.send_task(TASK_NAME, args=[job_id], queue=capability, retry=False, ignore_result=True)
+            # A hint that stayed here would wait for this worker, while another one is idle. When all are busy, hints must not
+            # go round and round: the slot that becomes free looks by itself.
+            app.send_task(TASK_NAME, args=[job_id], kwargs={"handed_on": True}, queue=capability, retry=False, ignore_result=True)
 
     return run_job

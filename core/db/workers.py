@@ -10,7 +10,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from core.db.session import now
-from core.db.tables import Job, OutboxMessage, SingletonLease, Worker
+from core.db.tables import Job, OutboxMessage, Run, SingletonLease, Worker
 from core.ids import new_id
 
 
@@ -82,15 +82,26 @@ def mark_published(session: Session, ids: list[int]) -> None:
     session.execute(sa.update(OutboxMessage).where(OutboxMessage.id.in_(ids)).values(published_at=moment))
 
 
-def hint_again(session: Session, *, older_than_seconds: float) -> int:
-    """Write new hints for jobs that were hinted long ago and still wait: their messages were lost. Returns how many."""
+def hint_again(session: Session, *, older_than_seconds: float, per_capability: int = 20) -> int:
+    """Write new hints for jobs that were hinted long ago and could be claimed: their messages were lost. Returns how many.
+
+    Only the next ones of each capability: a long queue waits for slots, not for messages.
+    """
     moment = now(session)
     old = moment - timedelta(seconds=older_than_seconds)
-    rows = session.execute(
-        sa.select(Job.id, Job.capability)
-        .where(Job.status == "queued", Job.hinted_at < old, sa.or_(Job.not_before.is_(None), Job.not_before <= moment))
-        .limit(500)
-    ).all()
+    place = sa.func.row_number().over(partition_by=Job.capability, order_by=(Job.priority.desc(), Job.id))
+    waiting = (
+        sa.select(Job.id, Job.capability, Job.hinted_at, place.label("place"))
+        .outerjoin(Run, Run.id == Job.run_id)
+        .where(
+            Job.status == "queued",
+            sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
+            sa.or_(Run.id.is_(None), Run.status == "active"),
+        )
+        .subquery()
+    )
+    due = sa.select(waiting.c.id, waiting.c.capability).where(waiting.c.place <= per_capability, waiting.c.hinted_at < old)
+    rows = session.execute(due).all()
     for job_id, capability in rows:
         session.add(OutboxMessage(job_id=job_id, queue=capability, created_at=moment))
         session.execute(sa.update(Job).where(Job.id == job_id).values(hinted_at=None))

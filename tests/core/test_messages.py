@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import sqlalchemy as sa
+
 from core.db import jobs, workers
+from core.db.runs import list_open_jobs, move_run
 from core.db.session import Database, now
-from core.db.tables import SingletonLease
+from core.db.tables import Job, SingletonLease
 from tests.core.test_claims import add_jobs
+from tests.workers.test_controller import add_run
 
 
 def hold(database: Database, holder: str) -> bool:
@@ -73,6 +77,27 @@ def test_a_published_hint_is_not_published_again_until_it_is_old(database: Datab
         assert workers.hint_again(session, older_than_seconds=60) == 1
 
     assert unpublished(database) == [job_id]
+
+
+def test_only_the_next_jobs_that_could_be_claimed_are_hinted_again(database: Database) -> None:
+    for capability in ("cpu", "cuda"):
+        add_jobs(database, 5, capability=capability)
+    run_id = add_run(database)
+    publish_all(database)
+    with database.transaction() as session:
+        [of_run] = list_open_jobs(session, run_id)
+        session.execute(sa.update(Job).values(hinted_at=now(session) - timedelta(seconds=61)))
+        session.execute(sa.update(Job).where(Job.id == of_run.id).values(priority=9))
+        move_run(session, run_id, "paused")
+
+    with database.transaction() as session:
+        assert workers.hint_again(session, older_than_seconds=60, per_capability=2) == 4
+
+    assert of_run.id not in unpublished(database)
+    with database.transaction() as session:
+        move_run(session, run_id, "active")
+        assert workers.hint_again(session, older_than_seconds=60, per_capability=2) == 1
+    assert of_run.id in unpublished(database)
 
 
 def test_the_hint_of_a_job_that_pauses_waits_with_it(database: Database) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 
 import redis
 
 from core.db.session import Database
+from core.queue import make_celery
 from core.settings import Settings
+from core.storage import LocalStorage
 from tests.builders_services import wait_until
 from tests.workers.builders import add_ingest, make_settings, running_worker, wait_for_end, write_folder
+from workers.supervisor import Supervisor
+from workers.tasks import register
 
 CELERY = ("celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "WARNING")
 
@@ -37,6 +43,25 @@ def test_a_task_wakes_a_slot_and_the_log_says_which_woke_which(postgresql_url: s
     assert worker.lines("worker.started")[0]["capabilities"] == ["cpu"]
     assert status == 0
     assert worker.lines("worker.stopped")
+    database.close()
+
+
+def test_a_hint_that_finds_no_idle_slot_is_handed_on_once(sqlite_url: str, redis_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    settings = make_settings(tmp_path, database, redis_url=redis_url)
+    # Never started, so none of its slots is idle.
+    busy = Supervisor(settings, database, LocalStorage(settings.objects_directory))
+    run_job = register(make_celery(redis_url), lambda: busy)
+    job_id = add_ingest(database, write_folder(tmp_path))
+    broker = redis.Redis.from_url(redis_url)
+
+    run_job.apply(args=[job_id])
+    [message] = broker.lrange("cpu", 0, -1)
+    _, kwargs, _ = json.loads(base64.b64decode(json.loads(message)["body"]))
+    run_job.apply(args=[job_id], kwargs=kwargs)
+
+    assert broker.llen("cpu") == 1
+    broker.close()
     database.close()
 
 
