@@ -26,7 +26,7 @@ from ml.manifest import Manifest
 from ml.recipes import build_recipe
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 14: 2.145, 19: 2.093}
 NO_NOISE = {"randaugment_operations": 0, "extra_cutout_pixels": 0, "crop_and_flip": False, "dropout": 0.0, "stochastic_depth": 0.0}
 
 
@@ -35,7 +35,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return -math.inf, math.inf
-    half = T_QUANTILES[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    # Between the listed ones the next smaller degree of freedom gives the wider, so the safer, interval.
+    quantile = T_QUANTILES[max(degree for degree in T_QUANTILES if degree < len(values))]
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -142,10 +144,15 @@ def main() -> None:
     results = {}
     for seed in options.seeds:
         results[seed] = run_seed(
-            _folders(options, seed), options.out, recipe=options.recipe, seed=seed, overrides=json.loads(options.override)
+            _folders(options, seed),
+            options.out,
+            recipe=options.recipe,
+            seed=seed,
+            overrides=json.loads(options.override),
+            quiet_too=not options.without_quiet,
         )
+        (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(report(results), flush=True)
-    (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def _folders(options: argparse.Namespace, seed: int) -> dict[str, Path]:
