@@ -77,7 +77,7 @@ def _job_starts(service: Service) -> list[float]:
 
 def _moment(events: list[dict[str, Any]], kind: str) -> float:
     found = next(event for event in events if event["kind"] == kind)
-    return datetime.fromisoformat(found["created_at"]).timestamp()
+    return datetime.fromisoformat(found["at"]).timestamp()
 
 
 def _percentile(values: list[float], share: float) -> float:

@@ -75,11 +75,13 @@ def claim(
     lease_seconds: float,
     job_id: str | None = None,
     pseudo_label_set_id: str | None = None,
+    max_attempts: int | None = None,
 ) -> Job | None:
     """Take a queued job for `holder`; None when there is none to take.
 
     One UPDATE decides. The broker may hand the same message to two workers, so the row says who works, never the message.
     `job_id` asks for that job only; `pseudo_label_set_id` for further shards of that set only. Jobs of a paused run wait.
+    `max_attempts` is the claiming worker's limit, which holds from now on; None keeps the row's.
     """
     moment = now(session)
     waiting = (
@@ -93,7 +95,9 @@ def claim(
         )
         .order_by(Job.priority.desc(), Job.id)
         .limit(1)
-        .with_for_update(skip_locked=True, of=Job)
+        # Whoever looks for any job passes over locked ones. Who was told of one waits: the relay holds that row for the
+        # moment in which it notes that the hint went out, and a hint passed over costs a polling interval.
+        .with_for_update(skip_locked=job_id is None, of=Job)
     )
     if job_id is not None:
         waiting = waiting.where(Job.id == job_id)
@@ -110,6 +114,7 @@ def claim(
             lease_until=moment + timedelta(seconds=lease_seconds),
             started_at=sa.func.coalesce(Job.started_at, moment),
             progress=sa.null(),
+            max_attempts=Job.max_attempts if max_attempts is None else max_attempts,
         )
         .returning(Job)
         .execution_options(synchronize_session=False, populate_existing=True)
@@ -162,18 +167,20 @@ def fail(session: Session, job_id: str, *, token: int, error: dict[str, Any], ba
     retries; `resource` allows one retry, with half the micro-batch.
     """
     job = get_job(session, job_id)
-    before = job.error or {}
-    same = bool(before) and (before.get("code"), before.get("step")) == (error.get("code"), error.get("step"))
-    lost = job.lost_attempts + 1
-    again = error["class"] == "retryable" and not (same and error.get("step") is not None) and lost < job.max_attempts
+    return _end_attempt(session, job, token, error, backoff_seconds=backoff_seconds)
+
+
+def step_of(progress: dict[str, Any] | None) -> int | None:
+    """The training step that an attempt reported last; None when it counts something else, or said nothing."""
+    return progress["done"] if progress is not None and progress.get("unit") == "steps" else None
+
+
+def _end_attempt(session: Session, job: Job, token: int, error: dict[str, Any], *, backoff_seconds: float) -> Job | None:
+    job_id, before, lost = job.id, job.error or {}, job.lost_attempts + 1
+    same = error.get("step") is not None and (before.get("code"), before.get("step")) == (error["code"], error["step"])
+    again = error["class"] == "retryable" and not same and lost < job.max_attempts
     if error["class"] == "resource":
         again = before.get("class") != "resource"
-    return _end_attempt(session, job_id, token, error, again=again, lost=lost, backoff_seconds=backoff_seconds)
-
-
-def _end_attempt(
-    session: Session, job_id: str, token: int, error: dict[str, Any], *, again: bool, lost: int, backoff_seconds: float
-) -> Job | None:
     if again and (canceled := _cancel_if_wished(session, job_id, token)) is not None:
         return canceled
     moment = now(session)
@@ -182,27 +189,29 @@ def _end_attempt(
         values |= {"status": "queued", "not_before": moment + timedelta(seconds=backoff_seconds * 2 ** (lost - 1)), "hinted_at": None}
     else:
         values |= {"status": "failed"}
-    job = _update_held(session, job_id, token, values)
-    if job is None:
+    held = _update_held(session, job_id, token, values)
+    if held is None:
         return None
     kind = "retrying" if again else "failed"
-    append_events(session, job, [(kind, {"error": error, "lost_attempts": lost})], at=moment)
+    append_events(session, held, [(kind, {"error": error, "lost_attempts": lost})], at=moment)
     if again:
-        _hint(session, job, moment)
-    return job
+        _hint(session, held, moment)
+    return held
 
 
 def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) -> list[Job]:
     """Take jobs back whose lease ran out: queued again, failed after `max_attempts`, or canceled when that was wished."""
     moment = now(session)
-    query = sa.select(Job.id, Job.token, Job.lost_attempts, Job.max_attempts, Job.lease_holder)
-    rows = session.execute(query.where(Job.status == "running", Job.lease_until < moment).limit(limit)).all()
+    query = sa.select(Job).where(Job.status == "running", Job.lease_until < moment).limit(limit)
     ended = []
-    for job_id, token, lost, max_attempts, holder in rows:
-        error = {"class": "retryable", "code": "attempt.lost", "message": f"worker {holder} stopped answering; its lease ran out"}
-        job = _end_attempt(session, job_id, token, error, again=lost + 1 < max_attempts, lost=lost + 1, backoff_seconds=backoff_seconds)
-        if job is not None:
-            ended.append(job)
+    for job in session.scalars(query.execution_options(populate_existing=True)).all():
+        message = f"worker {job.lease_holder} stopped answering; its lease ran out"
+        error: dict[str, Any] = {"class": "retryable", "code": "attempt.lost", "message": message}
+        if (step := step_of(job.progress)) is not None:
+            error["step"] = step
+        lost = _end_attempt(session, job, job.token, error, backoff_seconds=backoff_seconds)
+        if lost is not None:
+            ended.append(lost)
     return ended
 
 

@@ -7,10 +7,15 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
 from core.db import jobs
 from core.db.session import Database, now
 from core.db.tables import Job
+from core.db.workers import list_unpublished, mark_published
 from core.settings import Settings
+from tests.builders_services import wait_until
 
 CLAIM: dict[str, Any] = {"capabilities": ["cpu"], "lease_seconds": 60}
 
@@ -117,3 +122,22 @@ def test_each_claim_raises_attempt_and_token(database: Database) -> None:
             jobs.interrupt(session, job_id, token=job.token, reason="test")
 
     assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_hint_that_comes_while_the_relay_notes_its_publication_is_not_lost(postgresql_url: str) -> None:
+    database = Database(Settings(database_url=postgresql_url).resolved_database_url)
+    [job_id] = add_jobs(database)
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.transaction() as relay:
+            mark_published(relay, [message.id for message in list_unpublished(relay, limit=10)])
+            claimed = pool.submit(claim, database, job_id=job_id)
+            wait_until(lambda: _waits_for_lock(relay), what="the claim's wait for the relay")
+        found = claimed.result(timeout=30)
+
+    assert found is not None
+    database.close()
+
+
+def _waits_for_lock(session: Session) -> bool:
+    return bool(session.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
