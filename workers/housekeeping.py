@@ -26,6 +26,7 @@ from workers import controller
 
 SINGLETON = "housekeeping"
 SINGLETON_SECONDS = 6.0
+RELAY_SECONDS = 0.15
 HINT_AGAIN_SECONDS = 10.0
 SWEEP_SECONDS = 60.0
 KEEP_UNFINISHED_SECONDS = 7 * 24 * 3600.0
@@ -80,11 +81,19 @@ class Housekeeping:
             try:
                 if self._hold():
                     self.keep_house()
+                self._rest()
             except (sqlalchemy.exc.SQLAlchemyError, ServiceError, OSError) as error:
                 get_log().warning("housekeeping.failed", error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 self._stopping.wait(1.0)
-            self._bell.wait(self._settings.housekeeping_seconds)
-            self._bell.clear()
+
+    def _rest(self) -> None:
+        """Wait for the next turn. With a broker, hints go out meanwhile: somebody waits for each of them."""
+        end = time.monotonic() + self._settings.housekeeping_seconds
+        relays = self._settings.redis_url is not None and self._held_until > time.monotonic()
+        while (left := end - time.monotonic()) > 0 and not self._bell.wait(min(left, RELAY_SECONDS) if relays else left):
+            if relays:
+                self.relay()
+        self._bell.clear()
 
     def _hold(self) -> bool:
         """Whether this process keeps house for now; the lease is renewed when half of it is over, not at every turn."""
