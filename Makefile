@@ -34,7 +34,7 @@ up: install ## Start everything on this machine: API, worker, housekeeping
 	@$(BIN)/noisy-student up
 
 test: install ## The tests that every change must pass (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -m "not long and not gpu"
+	@$(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile
 
 test-long: install ## The slow tests: undisturbed-versus-killed runs, fuzzing, accuracy
 	@$(BIN)/python -m pytest -m "long or gpu"
