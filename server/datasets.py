@@ -22,6 +22,7 @@ from server.job_views import JobView, accepted_job
 from server.manifest_rows import read_rows
 from server.openapi import problems
 from server.pages import Page, PageDep, PageQuery, read_page
+from server.run_checks import list_leakage
 
 router = make_router("datasets")
 
@@ -119,6 +120,26 @@ class DatasetView(BaseModel):
     kind: str
     created_at: datetime
     latest_version: VersionView | None
+
+
+class LeakView(BaseModel):
+    """One image that two versions share."""
+
+    key: str
+    other_key: str
+    by: str
+    """`file`: the same bytes; `pixels`: the same picture in another file."""
+
+
+class LeakageView(BaseModel):
+    """What two versions share; empty is good."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    num: int
+    """Images of the larger version that are also in the other."""
+    items: list[LeakView]
+    """The first 100."""
 
 
 class ImageView(BaseModel):
@@ -286,6 +307,24 @@ def list_dataset_images(
     )
     cursor = None if after is None else services.cursors.encode(listing, [after])
     return Page(items=[ImageView(**row) for row in found], next_cursor=cursor)
+
+
+@router.get("/dataset-versions/{version_id}/leakage", summary="Find the images of another version", responses=problems(404, 409))
+def read_leakage(
+    version_id: str,
+    services: ServicesDep,
+    reference: Annotated[str, Query(alias="with", max_length=300, description="`dsv_…`, a dataset's name, or NAME:NUMBER.")],
+) -> LeakageView:
+    """Images that sit in both versions, by file or by pixels: what `POST /runs` refuses as `leakage`, asked before."""
+    with services.database.reading() as session:
+        found = {"other_key": rows.find_version(session, reference)[1], "key": rows.find_version(session, version_id)[1]}
+    for version in found.values():
+        if version.status != "ready":
+            raise NotReady(f"dataset version {version.id} is {version.status}; see job {version.job_id}", job_id=version.job_id)
+    # The smaller one is held in memory; the larger one is read in pieces.
+    small, large = sorted(found, key=lambda side: found[side].num_images or 0)
+    num, keys = list_leakage(services.storage, {small: found[small]}, {large: found[large]})
+    return LeakageView(num=num, items=[LeakView(**{small: one["key"], large: one["other_key"]}, by=one["by"]) for one in keys])
 
 
 def _position(services: Services, listing: str, page: PageQuery) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, Response
@@ -90,7 +91,7 @@ def start_one_iteration(
     if pool.id != run.unlabeled_version_id:
         check_leakage(services.storage, evaluation, {"unlabeled": pool})
     with services.database.transaction() as session:
-        return once.run(session, lambda: _start(session, run_id, body, pool))
+        return once.run(session, lambda: _start(session, run_id, body, pool, services.settings.roots))
 
 
 def _find_pool(session: Session, run: Run, body: IterationRequest) -> DatasetVersion:
@@ -102,7 +103,7 @@ def _find_pool(session: Session, run: Run, body: IterationRequest) -> DatasetVer
         raise InvalidRequest(str(error), pointer="/unlabeled") from error
 
 
-def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetVersion) -> Answer:
+def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetVersion, roots: tuple[Path, ...]) -> Answer:
     get_run(session, run_id)
     run = session.get_one(Run, run_id, with_for_update=True, populate_existing=True)
     last = last_iteration(session, run_id)
@@ -116,7 +117,7 @@ def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetV
     plan = _plan(session, run, body)
     if body.teacher is not None:
         find_labeler(session, body.teacher, labeled, pointer="/teacher")
-    _check_fits(session, run, plan, pool)
+    _check_fits(session, run, plan, pool, roots)
     iteration, _ = start_iteration(
         session,
         run,
@@ -162,14 +163,14 @@ def _history(session: Session, run_id: str) -> list[GenerationRecord]:
     return records
 
 
-def _check_fits(session: Session, run: Run, plan: IterationPlan, pool: DatasetVersion) -> None:
+def _check_fits(session: Session, run: Run, plan: IterationPlan, pool: DatasetVersion, roots: tuple[Path, ...]) -> None:
     """The same checks as at the run's start, for this student and this pool."""
     recipe = build(Recipe, {**run.recipe, "students": [plan.to_dict()["student"]]})
     validation = None if run.validation_version_id is None else get_version(session, run.validation_version_id)
     labeled = get_version(session, run.labeled_version_id)
     versions = Versions(labeled=labeled, unlabeled=pool, validation=validation, test=None)
     try:
-        check_recipe_fits(session, recipe, versions, iterations=1, has_initial=True)
+        check_recipe_fits(session, recipe, versions, iterations=1, has_initial=True, roots=roots)
     except InvalidRequest as error:
         pointer = str(error.details.get("pointer", ""))
         error.details["pointer"] = pointer.replace("/recipe/students/0", "/student", 1)

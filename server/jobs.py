@@ -108,13 +108,20 @@ def cancel_job(job_id: str, services: ServicesDep, once: OnceDep) -> Response:
 
 @router.post("/jobs/{job_id}/retry", status_code=202, summary="Try a job again", response_model=JobView, responses=problems(404, 409))
 def retry_job(job_id: str, services: ServicesDep, once: OnceDep) -> Response:
-    """Queues a failed or canceled job again, with fresh attempts; it continues from its last checkpoint, and its failed run goes on."""
+    """Queues a failed or canceled job again, with fresh attempts; it continues from its last checkpoint, and its failed run goes on.
+
+    The other failed or canceled jobs of the same iteration are queued again with it: the run could not go on without them.
+    """
     with services.database.transaction() as session:
         return once.run(session, lambda: accepted_job(session, _retry(session, job_id), services.settings))
 
 
 def _retry(session: Session, job_id: str) -> Job:
+    """Its iteration (or set) ends with any of its jobs, so all that came to nothing start again with it."""
+    companions = _companions(session, rows.get_job(session, job_id))
     job = rows.retry(session, job_id)
+    for companion_id in companions:
+        rows.retry(session, companion_id)
     if job.run_id is not None:
         run = get_run(session, job.run_id)
         if run.status == "canceled":
@@ -134,22 +141,37 @@ def _retry(session: Session, job_id: str) -> Job:
     return job
 
 
+def _companions(session: Session, job: Job) -> list[str]:
+    """Ids of the other failed or canceled jobs of the same iteration, or of a set that belongs to no run."""
+    if job.run_id is not None:
+        together = sa.and_(Job.run_id == job.run_id, Job.iteration == job.iteration)
+    elif job.pseudo_label_set_id is not None:
+        together = sa.and_(Job.pseudo_label_set_id == job.pseudo_label_set_id, Job.run_id.is_(None))
+    else:
+        return []
+    # Locked in one order and before the run, whose row every report of a job locks after the job's.
+    query = sa.select(Job.id).where(together, Job.status.in_(("failed", "canceled"))).order_by(Job.id).with_for_update()
+    return [job_id for job_id in session.scalars(query) if job_id != job.id]
+
+
 @router.get("/jobs/{job_id}/logs", summary="Read an attempt's log", responses=problems(404))
 def read_job_log(
     job_id: str, services: ServicesDep, attempt: Annotated[int | None, Query(ge=1, le=10**6, description="Default: the newest.")] = None
 ) -> LogView:
-    """The last 64 KiB of what the attempt's process wrote to its standard error."""
+    """The last 64 KiB of what the attempt's process wrote to its standard error; empty when it wrote nothing."""
     with services.database.reading() as session:
-        rows.get_job(session, job_id)
+        num_attempts = rows.get_job(session, job_id).attempt
         stored = {row.name: row.digest for row in list_files(session, job_id)}
     paths: dict[int, Path | str] = {int(match[1]): stored[name] for name in stored if (match := _LOG_NAME.fullmatch(name))}
     for path in (services.settings.attempts_directory / job_id).glob("attempt-*.log"):
         if match := _LOG_NAME.fullmatch(path.name):
             # The folder of the host that runs the attempt is ahead of what was stored.
             paths[int(match[1])] = path
-    if not paths or (attempt is not None and attempt not in paths):
-        raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
-    number = attempt or max(paths)
+    number = attempt or max(paths, default=num_attempts)
+    if number not in paths:
+        if not 0 < number <= num_attempts:
+            raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
+        return LogView(job_id=job_id, attempt=number, attempts=sorted(paths), text="", truncated=False)
     found = paths[number]
     text, truncated = _tail(found if isinstance(found, Path) else services.storage.fetch(found))
     return LogView(job_id=job_id, attempt=number, attempts=sorted(paths), text=text, truncated=truncated)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from core.db.datasets import get_ready_version
+from core.db.datasets import check_folder, get_ready_version
 from core.db.generations import get_generation
 from core.db.tables import DatasetVersion, Generation
-from core.errors import InvalidRequest, LeakageFound, NotFound
+from core.errors import FolderRefused, InvalidRequest, LeakageFound, NotFound
 from core.storage import Storage
 from ml.config import NetworkConfig, Recipe
 from ml.errors import RecipeError, TooFewLabels
@@ -96,28 +96,41 @@ def find_labeler(session: Session, generation_id: str, labeled: DatasetVersion, 
     return generation
 
 
-def check_recipe_fits(session: Session, recipe: Recipe, versions: Versions, *, iterations: int, has_initial: bool) -> None:
-    """Refuse what would only fail hours later: too few labels, a pool below the cap, generations that do not exist."""
+def check_recipe_fits(
+    session: Session, recipe: Recipe, versions: Versions, *, iterations: int, has_initial: bool, roots: tuple[Path, ...]
+) -> None:
+    """Refuse what would only fail hours later: too few labels, a pool below the cap, weights that are not there or not below a root."""
     _check_labels(recipe, versions, iterations=iterations, has_initial=has_initial)
     _check_pool(recipe, versions.unlabeled)
     if recipe.teacher.network.initial_weights == "teacher":
         raise RecipeError("generation 0 has no teacher to start from", pointer="/teacher/network/initial_weights")
-    networks = [("/teacher/network", recipe.teacher.network)]
+    # With an initial generation no teacher is trained, so its weights are never opened.
+    networks = [] if has_initial else [("/teacher/network", recipe.teacher.network)]
     networks += [(f"/students/{place}/network", student.network) for place, student in enumerate(recipe.students)]
     for pointer, network in networks:
-        check_weights(session, network, pointer=f"/recipe{pointer}/initial_weights")
+        check_weights(session, network, pointer=f"/recipe{pointer}/initial_weights", roots=roots)
     selection_model = recipe.labeling.selection_model
     if selection_model is not None:
         find_selection_model(session, selection_model, versions.labeled, pointer="/recipe/labeling/selection_model")
 
 
-def check_weights(session: Session, network: NetworkConfig, *, pointer: str) -> None:
-    """InvalidRequest when `generation:ID` names none."""
-    if network.initial_weights is not None and network.initial_weights.startswith("generation:"):
+def check_weights(session: Session, network: NetworkConfig, *, pointer: str, roots: tuple[Path, ...]) -> None:
+    """InvalidRequest when `generation:ID` names none; FolderRefused when `local-dir:PATH` is no folder below a root."""
+    kind, _, name = (network.initial_weights or "").partition(":")
+    if kind == "generation":
         try:
-            get_generation(session, network.initial_weights.removeprefix("generation:"))
+            get_generation(session, name)
         except NotFound as error:
             raise InvalidRequest(str(error), pointer=pointer) from error
+    elif kind == "local-dir":
+        try:
+            check_folder(name, roots)
+        except FolderRefused as error:
+            error.details["pointer"] = pointer
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            # A name that is too long or holds a zero byte, a folder that may not be entered, links in a circle.
+            raise FolderRefused(f"folder {name[:200]!r} cannot be opened: {error}", pointer=pointer) from error
 
 
 def find_selection_model(session: Session, reference: str, labeled: DatasetVersion | None, *, pointer: str) -> Generation:
@@ -168,10 +181,34 @@ def _check_pool(recipe: Recipe, unlabeled: DatasetVersion) -> None:
         )
 
 
+def check_all_leakage(storage: Storage, versions: Versions) -> None:
+    """LeakageFound when what measures also sits in what is trained on, or the test in the validation, which chooses."""
+    check_leakage(storage, versions.evaluation(), {"labeled": versions.labeled, "unlabeled": versions.unlabeled})
+    if versions.test is not None and versions.validation is not None:
+        check_leakage(storage, {"test": versions.test}, {"validation": versions.validation})
+
+
 def check_leakage(storage: Storage, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]) -> None:
-    """LeakageFound when an evaluation image, by file or by pixels, also sits in what is trained on. Reads manifests, so: no transaction."""
+    """LeakageFound when an evaluation image, by file or by pixels, also sits in the others. Reads manifests, so: no transaction."""
+    num_keys, keys = list_leakage(storage, evaluation, others)
+    if num_keys:
+        first = keys[0]
+        raise LeakageFound(
+            f"{num_keys} images of {' and '.join(sorted({key['other'] for key in keys}))} are also evaluation images, "
+            f"for example {first['other']} {first['other_key']!r} is {first['evaluation']} {first['key']!r} by {first['by']}: "
+            "remove them from either side",
+            pointer=f"/datasets/{first['evaluation']}",
+            keys=keys,
+            num_keys=num_keys,
+        )
+
+
+def list_leakage(
+    storage: Storage, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]
+) -> tuple[int, list[dict[str, Any]]]:
+    """How many usable images of `others` also sit in `evaluation`, and the first of them: key, evaluation, other_key, other, by."""
     if not evaluation:
-        return
+        return 0, []
     from ml.ingestion import find_leakage
     from ml.manifest import Manifest
 
@@ -185,16 +222,7 @@ def check_leakage(storage: Storage, evaluation: Mapping[str, DatasetVersion], ot
             num_keys += len(findings)
             listed = findings[: MAX_KEYS_LISTED - len(keys)]
             keys += [found | {"evaluation": names[found["evaluation"]], "other": other} for found in listed]
-    if num_keys:
-        first = keys[0]
-        raise LeakageFound(
-            f"{num_keys} images of {' and '.join(sorted({key['other'] for key in keys}))} are also evaluation images, "
-            f"for example {first['other']} {first['other_key']!r} is {first['evaluation']} {first['key']!r} by {first['by']}: "
-            "remove them from either side",
-            pointer=f"/datasets/{first['evaluation']}",
-            keys=keys,
-            num_keys=num_keys,
-        )
+    return num_keys, keys
 
 
 def _manifest_path(storage: Storage, version: DatasetVersion) -> Path:

@@ -26,7 +26,7 @@ from server.openapi import problems
 from server.pages import Page, PageDep, read_page
 from server.progress import RUN_EVENTS, EventPage, answer_events
 from server.recipe_bodies import ShownAs
-from server.run_checks import Versions, check_leakage, check_recipe_fits, find_initial_generation, find_versions
+from server.run_checks import Versions, check_all_leakage, check_recipe_fits, find_initial_generation, find_versions
 from server.run_views import RunView, show_run, show_runs
 
 router = make_router("runs")
@@ -122,7 +122,8 @@ def start_run(body: RunRequest, services: ServicesDep, once: OnceDep) -> Respons
     """Generation 0 is trained on the labeled images (unless `initial_generation` takes its place), then the iterations follow.
 
     Refused before anything is written: datasets that are not ready or of the wrong kind, classes that differ, evaluation images that also
-    sit in labeled or unlabeled (`leakage`, the keys listed), and recipes that these datasets cannot satisfy.
+    sit in labeled or unlabeled, test images that also sit in validation (`leakage`, the keys listed), and recipes that these datasets
+    cannot satisfy.
     """
     recipe = _build_recipe(body)
     manual = body.iterations == "manual"
@@ -134,9 +135,9 @@ def start_run(body: RunRequest, services: ServicesDep, once: OnceDep) -> Respons
         versions = find_versions(session, body.datasets.model_dump())
         initial = find_initial_generation(session, body.initial_generation, versions.labeled)
         wanted = MAX_ITERATIONS if manual else iterations
-        check_recipe_fits(session, recipe, versions, iterations=wanted, has_initial=initial is not None)
-    trained_on = {"labeled": versions.labeled, "unlabeled": versions.unlabeled}
-    check_leakage(services.storage, versions.evaluation(), trained_on)
+        roots = services.settings.roots
+        check_recipe_fits(session, recipe, versions, iterations=wanted, has_initial=initial is not None, roots=roots)
+    check_all_leakage(services.storage, versions)
     with services.database.transaction() as session:
         return once.run(session, lambda: _insert(session, body, recipe, iterations, versions))
 
@@ -211,6 +212,8 @@ def resume_run(run_id: str, services: ServicesDep) -> RunView:
 def cancel_run(run_id: str, services: ServicesDep) -> RunView:
     """Its waiting jobs are canceled at once, the running ones at their next heartbeat. What was made stays. Twice changes nothing."""
     with services.database.transaction() as session:
+        # A worker's reports lock their job and then its run. Who locks them the other way round waits for a worker that waits for him.
+        list_open_jobs(session, run_id, locked=True)
         run = move_run(session, run_id, "canceled")
         for job in list_open_jobs(session, run_id):
             request_cancel(session, job.id)
@@ -226,7 +229,7 @@ def cancel_run(run_id: str, services: ServicesDep) -> RunView:
     "/runs/{run_id}/extend", summary="Ask for more iterations", status_code=202, response_model=RunView, responses=problems(404, 409)
 )
 def extend_run(run_id: str, body: ExtendRequest, services: ServicesDep, once: OnceDep) -> Response:
-    """Added to those wanted so far; for a completed run, to those it made."""
+    """Added to those wanted so far; for a completed run, to those it made. 409 for a run that its own gain rule ended."""
     with services.database.transaction() as session:
 
         def extend() -> Answer:
@@ -234,6 +237,13 @@ def extend_run(run_id: str, body: ExtendRequest, services: ServicesDep, once: On
             if run.status not in ("active", "paused", "completed"):
                 raise WrongState(
                     f"run {run_id} is {run.status}; only an active, paused or completed run can be extended", status=run.status
+                )
+            if run.status == "completed" and run.stop_reason == "validation.gain":
+                raise WrongState(
+                    f"run {run_id} ended because validation gained too little, and would end again at once; "
+                    f"POST {API}/runs/{run_id}/iterations makes one more iteration all the same",
+                    status=run.status,
+                    stop_reason=run.stop_reason,
                 )
             base = last_iteration(session, run_id).number if run.status == "completed" else run.iterations_wanted
             if base + body.iterations > 10 * MAX_ITERATIONS:

@@ -174,7 +174,9 @@ def move_run(session: Session, run_id: str, new: str, *, error: dict[str, Any] |
     return run
 
 
-def list_open_jobs(session: Session, run_id: str) -> list[Job]:
-    """The run's jobs that are queued or running."""
+def list_open_jobs(session: Session, run_id: str, *, locked: bool = False) -> list[Job]:
+    """The run's jobs that are queued or running; `locked` holds them until the transaction ends."""
     query = sa.select(Job).where(Job.run_id == run_id, Job.status.in_(("queued", "running"))).order_by(Job.id)
+    if locked:
+        query = query.with_for_update().execution_options(populate_existing=True)
     return list(session.scalars(query))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from core.db import jobs as rows
 from core.db.files import name_files
 from core.db.runs import last_iteration, move_run
 from core.db.tables import Iteration, Run
@@ -78,6 +79,37 @@ def test_retrying_a_runs_failed_job_lets_the_run_go_on(api: Api) -> None:
         assert session.get_one(Run, run.id).status == "active"
         assert session.get_one(Run, run.id).error is None
         assert last_iteration(session, run.id).phase == "training"
+
+
+def test_retrying_one_failed_shard_queues_the_others_of_its_iteration_again(api: Api) -> None:
+    run, training = add_run(api.database)
+    shards = [add_job(api.database, kind="label", run_id=run.id, iteration=1, step="label", part=part) for part in range(4)]
+    for shard in (training, *shards[:2]):
+        fail(api.database, start_job(api.database, shard.id))
+    api.client.post(f"/api/v1/jobs/{shards[2].id}/cancel")
+    with api.database.transaction() as session:
+        move_run(session, run.id, "failed", error={"code": "broken"})
+
+    assert api.client.post(f"/api/v1/jobs/{shards[0].id}/retry").status_code == 202
+
+    jobs = {job["id"]: job["status"] for job in api.client.get(f"/api/v1/jobs?run_id={run.id}").json()["items"]}
+    assert jobs == dict.fromkeys((shard.id for shard in shards), "queued") | {training.id: "failed"}
+
+
+def test_canceling_a_run_waits_for_a_report_of_its_job_instead_of_locking_against_it(tmp_path: Path, postgresql_url: str) -> None:
+    with api_in_process(tmp_path, database_url=postgresql_url) as api, ThreadPoolExecutor(1) as thread:
+        run, job = add_run(api.database)
+        job = start_job(api.database, job.id)
+        with api.database.transaction() as session:
+            assert rows.heartbeat(session, job.id, token=job.token, lease_seconds=60, progress=None) is not None
+            canceling = thread.submit(api.client.post, f"/api/v1/runs/{run.id}/cancel")
+            time.sleep(0.5)
+            assert not canceling.done()
+            assert rows.report(session, job.id, token=job.token, items=[("note", {})])
+
+        answer = canceling.result(timeout=20)
+
+    assert (answer.status_code, answer.json()["status"]) == (200, "canceled")
 
 
 def test_a_job_of_a_canceled_run_stays_canceled(api: Api) -> None:
@@ -161,6 +193,16 @@ def test_a_log_of_another_host_comes_from_storage(api: Api, tmp_path: Path) -> N
         name_files(session, job.id, {"attempt-1.log": api.services.storage.put(tmp_path / "log")})
 
     assert api.client.get(f"/api/v1/jobs/{job.id}/logs").json()["text"] == "it broke there"
+
+
+def test_an_attempt_that_wrote_nothing_has_an_empty_log(api: Api) -> None:
+    job = start_job(api.database, add_job(api.database).id)
+    succeed(api.database, job)
+
+    answer = api.client.get(f"/api/v1/jobs/{job.id}/logs")
+
+    assert (answer.status_code, answer.json()["attempt"], answer.json()["text"]) == (200, 1, "")
+    assert api.client.get(f"/api/v1/jobs/{job.id}/logs?attempt=2").status_code == 404
 
 
 def test_metric_points_are_read_in_order(api: Api) -> None:

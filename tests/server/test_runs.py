@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -95,6 +96,45 @@ def test_labeled_pixels_of_a_validation_image_in_another_file_format_are_refused
 
     [found] = problem["details"]["keys"]
     assert (found["key"], found["other_key"], found["other"], found["by"]) == ("blue/00200.png", "blue/other.bmp", "labeled", "pixels")
+
+
+def test_validation_images_cannot_be_test_images_too(data: Service) -> None:
+    problem = refusal(ask(data, datasets={"test": "validation"}), 422, "leakage", "/datasets/test")
+
+    assert problem["details"]["num_keys"] == 12
+    found = problem["details"]["keys"][0]
+    assert (found["evaluation"], found["other"], found["key"]) == ("test", "validation", found["other_key"])
+
+
+def test_what_two_versions_share_can_be_asked_before_a_run(data: Service) -> None:
+    folder = write_flat_folder(data.directory / "sharing", 3, first=5000)
+    shutil.copy(data.directory / "test" / "red" / "00308.png", folder / "copied.png")
+    add_dataset(data, "sharing", "unlabeled", folder)
+
+    one = data.get("/dataset-versions/sharing/leakage", params={"with": "test"}).json()
+    other = data.get("/dataset-versions/test/leakage", params={"with": "sharing:1"}).json()
+
+    assert one == {"num": 1, "items": [{"key": "copied.png", "other_key": "red/00308.png", "by": "file"}]}
+    assert other == {"num": 1, "items": [{"key": "red/00308.png", "other_key": "copied.png", "by": "file"}]}
+    assert data.get("/dataset-versions/pool/leakage", params={"with": "test"}).json() == {"num": 0, "items": []}
+
+
+def test_initial_weights_are_read_from_below_the_roots_only(data: Service, tmp_path: Path) -> None:
+    inside = data.directory / "weights"
+    inside.mkdir()
+    recipe = {"teacher": {"network": {"initial_weights": f"local-dir:{tmp_path}"}}}
+    pointer = "/recipe/teacher/network/initial_weights"
+
+    refusal(ask(data, recipe=recipe), 422, "folder_refused", pointer)
+    recipe["teacher"]["network"]["initial_weights"] = f"local-dir:{inside}"
+    run = ask(data, recipe=recipe, iterations="manual")
+
+    assert run.status_code == 202, run.text
+    finish_iteration_0(data, run.json()["id"], add_generation(data))
+    inside.rmdir()
+    network = {"network": {"initial_weights": "local-dir:/etc"}}
+    answer = data.post(f"/runs/{run.json()['id']}/iterations", {"student": network})
+    refusal(answer, 422, "folder_refused", "/student/network/initial_weights")
 
 
 def test_a_hundred_leaking_keys_are_listed_and_all_are_counted(data: Service) -> None:
@@ -259,14 +299,24 @@ def test_a_paused_run_resumes_and_a_canceled_one_takes_its_jobs_along(data: Serv
 
 def test_a_completed_run_can_be_extended_but_not_resumed(data: Service) -> None:
     run = ask(data, iterations=3).json()["id"]
-    set_run(data, run, status="completed", stop_reason="validation.gain")
+    set_run(data, run, status="completed", stop_reason="iterations.done")
 
     refusal(data.post(f"/runs/{run}/resume"), 409, "wrong_state", None)
     extended = data.post(f"/runs/{run}/extend", {"iterations": 2})
 
     assert extended.status_code == 202
-    # It stopped after iteration 0, early: two more than it made are wanted now.
+    # Two more than it made are wanted now.
     assert (extended.json()["status"], extended.json()["iterations_wanted"], extended.json()["stop_reason"]) == ("active", 2, None)
+
+
+def test_a_run_that_its_gain_rule_ended_is_not_extended_but_sent_to_iterations(data: Service) -> None:
+    run = ask(data, iterations=3).json()["id"]
+    set_run(data, run, status="completed", stop_reason="validation.gain")
+
+    problem = refusal(data.post(f"/runs/{run}/extend", {"iterations": 2}), 409, "wrong_state", None)
+
+    assert f"POST /api/v1/runs/{run}/iterations" in problem["detail"]
+    assert data.get(f"/runs/{run}").json()["status"] == "completed"
 
 
 def finish_iteration_0(service: Service, run_id: str, generation_id: str) -> None:
