@@ -67,7 +67,15 @@ def list_referrers(session: Session, generation_id: str) -> list[str]:
         Iteration.teacher_generation_id == generation_id,
         Iteration.control_generation_id == generation_id,
     )
-    runs = sa.select(Iteration.run_id).where(of_run).union(sa.select(Run.id).where(Run.initial_generation_id == generation_id))
+    # Recipes and plans name generations too: as initial weights, and as the one that selects.
+    open_run = Run.status.in_(("active", "paused"))
+    named = sa.cast(Run.recipe, sa.Text).contains(generation_id, autoescape=True)
+    planned = sa.cast(Iteration.plan, sa.Text).contains(generation_id, autoescape=True)
+    runs = sa.union(
+        sa.select(Iteration.run_id).where(of_run),
+        sa.select(Run.id).where(sa.or_(Run.initial_generation_id == generation_id, sa.and_(open_run, named))),
+        sa.select(Iteration.run_id).join(Run, Run.id == Iteration.run_id).where(open_run, planned),
+    )
     referrers += [f"run {row}" for row in session.scalars(runs)]
     active = sa.select(Job.id).where(Job.status.in_(("queued", "running")), sa.cast(Job.input, sa.Text).contains(generation_id))
     referrers += [f"job {row}" for row in session.scalars(active)]

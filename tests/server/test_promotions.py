@@ -10,12 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from PIL import Image
 
 from core.db.jobs import NewJob, enqueue
+from core.db.tables import Iteration
 from core.ids import new_id
 from tests.ml.builders_images import encode
-from tests.server.builders_service import Service, add_generation, running_service
+from tests.server.builders import add_run
+from tests.server.builders_service import Service, add_generation, running_service, set_run
 
 RED = encode(Image.new("RGB", (20, 10), (250, 20, 10)))
 
@@ -234,6 +237,22 @@ def test_a_generation_that_something_names_cannot_be_deleted(service: Service) -
     assert code(promoted) == (409, "still_referenced")
     assert promoted.json()["details"]["referrers"] == ["alias production", "history of alias production"]
     assert taught.json()["details"]["referrers"] == [f"generation {child}"]
+
+
+def test_a_generation_that_an_open_runs_recipe_or_plan_names_cannot_be_deleted(service: Service) -> None:
+    named, planned = add_generation(service), add_generation(service)
+    run, _ = add_run(service.services.database)
+    set_run(service, run.id, recipe={"teacher": {"network": {"initial_weights": f"generation:{named}"}}}, status="paused")
+    with service.services.database.transaction() as session:
+        plan = {"student": {"network": {"initial_weights": f"generation:{planned}"}}}
+        session.execute(sa.update(Iteration).where(Iteration.run_id == run.id).values(plan=plan))
+
+    refused = [service.client.delete(f"/api/v1/generations/{one}") for one in (named, planned)]
+    set_run(service, run.id, status="completed")
+    allowed = [service.client.delete(f"/api/v1/generations/{one}") for one in (named, planned)]
+
+    assert [answer.json()["details"]["referrers"] for answer in refused] == [[f"run {run.id}"]] * 2
+    assert [answer.status_code for answer in allowed] == [204, 204]
 
 
 def test_a_generation_that_nothing_names_is_deleted_and_not_served_any_more(service: Service) -> None:
