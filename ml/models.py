@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when the hub's client is first imported, which timm does. Without it an absent weight costs 46 s of retries.
+# Without it an absent weight costs 46 s of retries. Set before the hub's client is imported, which timm does.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import huggingface_hub.constants
 import timm
 import torch
 from safetensors import SafetensorError
@@ -27,6 +28,10 @@ from ml.errors import DiskFull, RecipeError, WeightsError
 from ml.files import FULL
 from ml.pixels import Preprocessing
 from ml.recipes.architectures import check_architecture
+
+if os.environ["HF_HUB_OFFLINE"] not in ("0", ""):
+    # Somebody may have imported the hub's client before, and it looks at its environment only then.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -84,7 +89,9 @@ def create_network(
         return _pretrained(network.architecture, source.removeprefix("timm:"), arguments)
     built = timm.create_model(network.architecture, **arguments)
     if source.startswith("local-dir:"):
-        load_weights(built, Path(source.removeprefix("local-dir:")), architecture=network.architecture, new_head=True)
+        folder = Path(source.removeprefix("local-dir:"))
+        check_links(folder)
+        load_weights(built, folder, architecture=network.architecture, new_head=True)
     elif source == "teacher" or source.startswith("generation:"):
         if weights_dir is None:
             raise WeightsError(f"initial weights {source!r} were not resolved to a folder", initial_weights=source)
@@ -184,6 +191,14 @@ def load_weights(network: nn.Module, folder: Path, *, architecture: str, new_hea
         message = f"the weights in {folder} do not fit {architecture}: {len(wrong)} tensors differ, first {', '.join(wrong[:3])}"
         raise WeightsError(message, folder=str(folder), tensors=wrong[:20])
     network.load_state_dict(tensors)
+
+
+def check_links(folder: Path) -> None:
+    """WeightsError when a file in a folder that somebody named is a link to outside of it: who allowed the folder did not allow that."""
+    inside = folder.resolve()
+    for path in (folder / name for name in (CONFIG, WEIGHTS, "class_names.json")):
+        if not path.resolve().is_relative_to(inside):
+            raise WeightsError(f"{path} is a link that leads out of its folder; put the file itself there", folder=str(folder))
 
 
 def _head_prefixes(network: nn.Module) -> tuple[str, ...]:

@@ -131,6 +131,15 @@ def test_a_local_folder_with_other_classes_gives_everything_but_the_head(tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("fc."))
 
 
+def test_a_local_folder_whose_weights_are_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
+    folder = save(build(), tmp_path / "saved")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+
+    with pytest.raises(WeightsError, match="leads out of its folder"):
+        build(initial_weights=f"local-dir:{folder}")
+
+
 def test_a_generation_warms_up_a_student_of_the_same_architecture_only(tmp_path: Path) -> None:
     torch.manual_seed(5)
     folder = str(save(timm.create_model("test_resnet", num_classes=4), tmp_path / "saved"))

@@ -13,8 +13,10 @@ from workers.jobs import Made, Work
 def run(work: Work) -> Made:
     """Input: folder, class_names (None takes those that the folder names)."""
     from ml.export import import_generation
+    from ml.models import check_links
 
     source = Path(work.input["folder"])
+    check_links(source)
     class_names = work.input["class_names"] or find_class_names(source)
     output = work.directory / "generation"
     # What a killed attempt left is made again.
