@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,14 @@ class Duplicates(NamedTuple):
     """A perceptual hash within the distance; not those that are equal."""
 
 
-def find_duplicates(pool: str | Path, evaluation: Sequence[Manifest], distance: int | None) -> Duplicates:
+def find_duplicates(
+    pool: str | Path, evaluation: Sequence[Manifest], distance: int | None, *, on_rows: Callable[[int], None] | None = None
+) -> Duplicates:
     """Images of the pool's manifest to leave out, so that no student learns from what it is judged by.
 
     `distance` counts differing bits of the 64-bit perceptual hash; None looks for equal ones only. Memory does not grow
-    with the pool. Time is linear in all rows for distance 0 and grows with pool x evaluation above.
+    with the pool. Time is linear in all rows for distance 0 and grows with pool x evaluation above; `on_rows` hears how many
+    rows of the pool are done.
     """
     found = Duplicates(set(), set())
     watched = [manifest.usable().table for manifest in evaluation]
@@ -37,6 +40,7 @@ def find_duplicates(pool: str | Path, evaluation: Sequence[Manifest], distance: 
         return found
     digests = _all(watched, "pixel_digest")
     hashes_M = np.unique(_all(watched, "perceptual_hash").to_numpy())
+    done = 0
     for table in read_batches(pool, ("key", "pixel_digest", "perceptual_hash")):
         # Equal files have equal pixels; broken ones have none.
         found.equal.update(table.filter(pc.is_in(table.column("pixel_digest"), value_set=digests)).column("key").to_pylist())
@@ -44,6 +48,9 @@ def find_duplicates(pool: str | Path, evaluation: Sequence[Manifest], distance: 
             hashed = table.filter(pc.is_valid(table.column("perceptual_hash")))
             near_N = _near(hashed.column("perceptual_hash").to_numpy(), hashes_M, distance)
             found.near.update(hashed.column("key").filter(pa.array(near_N)).to_pylist())
+        done += table.num_rows
+        if on_rows is not None:
+            on_rows(done)
     return Duplicates(found.equal, found.near - found.equal)
 
 

@@ -18,7 +18,8 @@ class Event:
     """One thing that happened.
 
     stage: `data = {"stage": "training" | "labeling" | "selecting" | "evaluating" | "exporting" | "ingesting"}`
-    progress: `done`, `total`, `unit` ("images" | "steps" | "files" | "rows"), `images_per_second`, optional `eta_seconds`
+    progress: `done`, `total`, `unit` ("images" | "steps" | "files" | "rows"), `images_per_second`, optional `eta_seconds`;
+              `stage` only where it speaks of a detour, as a look at validation in the middle of a training is one
     metric: `step`, and any of `loss`, `loss_labeled`, `loss_unlabeled`, `learning_rate`, `validation_top1`, ...
     checkpoint: `step`, `path`
     warning: `code` (constant, dotted), `message`

@@ -196,7 +196,7 @@ def load_weights(network: nn.Module, folder: Path, *, architecture: str, new_hea
 def check_links(folder: Path) -> None:
     """WeightsError when a file in a folder that somebody named is a link to outside of it: who allowed the folder did not allow that."""
     inside = folder.resolve()
-    for path in (folder / name for name in (CONFIG, WEIGHTS, "class_names.json")):
+    for path in (folder / name for name in (CONFIG, WEIGHTS, "class_names.json", "preprocessing.json", "calibration.json")):
         if not path.resolve().is_relative_to(inside):
             raise WeightsError(f"{path} is a link that leads out of its folder; put the file itself there", folder=str(folder))
 

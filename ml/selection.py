@@ -118,6 +118,10 @@ class _Shards:
                 raise DataError(f"the shards {before} and {after} label the same images")
         self.paths = [path for _, _, path in spans]
 
+    def tell(self, done: int) -> None:
+        """Report how many rows are done."""
+        self._on_event(Event(kind="progress", data={"done": done, "total": self.num_rows, "unit": "rows"}))
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Each shard's rows with a guess; Interrupted when asked to stop."""
         done = 0
@@ -126,7 +130,7 @@ class _Shards:
                 raise Interrupted(f"stopped selecting after {done} of {self.num_rows} rows")
             table = read_shard(path, columns)
             done += table.num_rows
-            self._on_event(Event(kind="progress", data={"done": done, "total": self.num_rows, "unit": "rows"}))
+            self.tell(done)
             yield table.filter(pc.equal(table.column("status"), "ok"))
 
 
@@ -152,7 +156,7 @@ class _Vote:
         self._task, self._voters = task, voters
         config = task.selection
         evaluation = [Manifest.read(path) for path in task.evaluation]
-        self._duplicates = find_duplicates(task.unlabeled, evaluation, config.near_duplicate_distance)
+        self._duplicates = find_duplicates(task.unlabeled, evaluation, config.near_duplicate_distance, on_rows=voters.tell)
         self._removed = pa.array(sorted(self._duplicates.equal | self._duplicates.near), pa.string())
         self._num_usable = sum(table.num_rows for table in voters.tables(("status",)))
         if isinstance(config.cap_per_class, int) and config.cap_per_class > self._num_usable:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -313,8 +314,24 @@ class Training:
             views,
             num_classes=len(self.inputs.class_names),
             runtime=self.exact,
+            on_rows=self._heard(views.num_rows()),
             should_stop=self.should_stop,
         )
+
+    def _heard(self, total: int) -> Callable[[int], None]:
+        """A listener for `predict`: a long look at validation must not be taken for a training that hangs."""
+        started = told = time.monotonic()
+
+        def on_rows(done: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= _LOOK_SECONDS:
+                told = now
+                rate = done / max(now - started, 1e-9)
+                data = {"stage": "evaluating", "done": done, "total": total, "unit": "images", "images_per_second": rate}
+                self.on_event(Event(kind="progress", data=data))
+
+        return on_rows
 
     def _labeled_rows(self, found: Predictions, manifest: Manifest) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Logits and labels of the readable rows."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from core.db.jobs import step_of
+
 FLUSH_SECONDS = 1.0
 PROGRESS_EVENT_SECONDS = 2.0
 """Progress is overwritten in the job's row; its history in the event stream is kept this coarse."""
@@ -23,6 +25,7 @@ class Reports:
         self.phase: str | None = None
         self.runtime: dict[str, Any] | None = None
         self.step: int | None = None
+        """Where the training was heard last; None outside of it."""
         self._stage: str | None = None
         self._told: dict[str, Any] | None = None
         self._progress_at = float("-inf")
@@ -51,7 +54,11 @@ class Reports:
             self.items = [item for number, item in enumerate(self.items) if item[0] != "metric" or number % 2]
 
     def _note_progress(self, data: dict[str, Any]) -> None:
+        if "stage" in data:
+            # A detour, such as a look at validation: a sign of life, but not how far the job is.
+            return
         self.progress = {"stage": self._stage, **data}
+        self.step = step_of(self.progress)
         now, ends = time.monotonic(), data.get("done") == data.get("total") and self.progress != self._told
         if ends or now - self._progress_at >= PROGRESS_EVENT_SECONDS:
             self._progress_at, self._told = now, self.progress

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ml.balance import select_rows
 from ml.config import SelectionConfig
 from ml.determinism import keyed_hashes
+from ml.duplicates import find_duplicates
 from ml.errors import ClassMismatch, DataError, Interrupted, NothingSelected, PoolTooSmall
 from ml.manifest import Manifest
 from ml.pseudo_labels import dense_probs, read_shard, write_shard
@@ -371,3 +372,12 @@ def test_equal_hashes_still_hit_the_target() -> None:
 
     assert rows.tolist() == [0, 1, 2, 3, 6, 7, 8]
     assert repeats.tolist() == [1, 1, 1, 1, 2, 1, 1]
+
+
+def test_the_search_for_duplicates_reports_rows(tmp_path: Path) -> None:
+    path = Pool(tmp_path, build_probs(20)).folder / "pool.parquet"
+    heard: list[int] = []
+
+    find_duplicates(path, [Manifest.read(path)], 4, on_rows=heard.append)
+
+    assert heard == [20]

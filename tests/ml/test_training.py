@@ -331,3 +331,14 @@ def test_a_compiled_training_resumes_to_the_bit_and_its_weights_keep_their_names
     assert_equal_bits(undisturbed, resumed)
     plain = Training(student, gather(student), tmp_path / "plain", ignore, never)
     assert resumed.learner.state()["network"].keys() == plain.learner.state()["network"].keys()
+
+
+def test_a_long_look_at_validation_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ml.training._LOOK_SECONDS", 0.0)
+    data = write_digits(tmp_path / "data", classes=3, pool=3)
+    events: list[Event] = []
+
+    run(teacher_task(data, build_recipe(training=build_training(steps=2, evaluate_every_steps=2))), tmp_path / "c", on_event=events.append)
+
+    detours = [event.data for event in events if event.kind == "progress" and event.data.get("stage") == "evaluating"]
+    assert [(data["done"], data["total"], data["unit"]) for data in detours] == [(12, 12, "images")]
