@@ -50,7 +50,7 @@ def build_files() -> list[bytes]:
 
 def prepare(data: bytes, told: dict[str, Any]) -> NDArray[np.float32]:
     """One image as float32 [3, size, size], by the words of preprocessing.json: this project's code is not asked."""
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -66,7 +66,7 @@ def prepare(data: bytes, told: dict[str, Any]) -> NDArray[np.float32]:
         image = image.resize(scaled, resample).crop((left, top, left + size, top + size))
     pixels_HWC = np.asarray(image, np.float32) / 255
     normalized_HWC = (pixels_HWC - np.asarray(told["mean"], np.float32)) / np.asarray(told["std"], np.float32)
-    return normalized_HWC.transpose(2, 0, 1)
+    return normalized_HWC.transpose(2, 0, 1).astype(np.float32)
 
 
 def softmax(logits_MK: NDArray[np.float32]) -> NDArray[np.float64]:
