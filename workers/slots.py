@@ -50,6 +50,11 @@ class Watch:
     stop_at: float = 0.0
     fenced: bool = False
 
+    def describe_loss(self, code: str, message: str) -> dict[str, Any]:
+        """The error of an attempt that could not say itself what befell it, with the step where it was heard last."""
+        step = self.reports.step
+        return {"class": "retryable", "code": code, "message": message} | ({} if step is None else {"step": step})
+
 
 class Slot(threading.Thread):
     """Runs attempts one at a time. The process of a labeled shard is kept for the next shard of the same set."""
@@ -85,6 +90,7 @@ class Slot(threading.Thread):
                     "holder": supervisor.name,
                     "capabilities": supervisor.capabilities,
                     "lease_seconds": self._settings.lease_seconds,
+                    "max_attempts": self._settings.max_attempts,
                 }
                 if set_id is not None:
                     return jobs.claim(session, **held, pseudo_label_set_id=set_id)
@@ -151,8 +157,7 @@ class Slot(threading.Thread):
                 how = watch.child.kill()
                 if watch.stop_reason is not None:
                     return self._interrupt(watch), False
-                lost = {"class": "retryable", "code": "attempt.lost", "message": f"the attempt's process {how}"}
-                return self._fail(watch.job, lost, watch), False
+                return self._fail(watch.job, watch.describe_loss("attempt.lost", f"the attempt's process {how}"), watch), False
             ended = self._tend(watch)
             if watch.fenced or ended is not None:
                 watch.child.kill()
@@ -165,7 +170,7 @@ class Slot(threading.Thread):
         if silent > self._settings.stall_seconds:
             watch.child.kill()
             message = f"the attempt was silent for {silent:.0f} seconds and was taken for hung"
-            return self._fail(watch.job, {"class": "retryable", "code": "attempt.stalled", "message": message}, watch)
+            return self._fail(watch.job, watch.describe_loss("attempt.stalled", message), watch)
         if now - watch.looked_at >= min(FLUSH_SECONDS, self._settings.lease_seconds / 4):
             watch.looked_at = now
             self._look(watch, now)

@@ -136,6 +136,31 @@ def test_the_same_failure_at_the_same_step_twice_ends_the_retries(database: Data
     assert fail(database, again, step=7).status == "failed"
 
 
+def test_two_attempts_that_are_lost_at_the_same_step_end_the_retries(database: Database) -> None:
+    job = start(database, max_attempts=10)
+    ends = []
+    for done in (3, 7, 7):
+        with database.transaction() as session:
+            progress = {"stage": "training", "done": done, "total": 9, "unit": "steps"}
+            jobs.heartbeat(session, job.id, token=job.token, lease_seconds=60, progress=progress)
+        expire(database, job.id)
+        [lost] = lose(database)
+        ends.append((lost.status, (lost.error or {})["step"]))
+        job = claim(database) or job
+
+    assert ends == [("queued", 3), ("queued", 7), ("failed", 7)]
+
+
+def test_the_limit_of_the_worker_that_claims_holds(database: Database) -> None:
+    add_jobs(database)
+    job = claim(database, max_attempts=1)
+    assert job is not None
+
+    ended = fail(database, job)
+
+    assert (ended.status, ended.max_attempts) == ("failed", 1)
+
+
 def test_a_failed_job_that_is_retried_starts_counting_anew(database: Database) -> None:
     job = fail(database, start(database), **{"class": "permanent"})
 

@@ -103,12 +103,11 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def add_ingest(database: Database, folder: Path, *, kind: str = "labeled", name: str = "photos", max_attempts: int = 4) -> str:
+def add_ingest(database: Database, folder: Path, *, kind: str = "labeled", name: str = "photos") -> str:
     """A dataset with a version to read; the job's id."""
     with database.transaction() as session:
         _, job = add_version(session, create_dataset(session, name=name, kind=kind), source={"folder": str(folder)})
         assert job is not None
-        job.max_attempts = max_attempts
         return job.id
 
 

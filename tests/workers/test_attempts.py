@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +16,7 @@ from core.db import jobs
 from core.db.datasets import get_version
 from core.db.files import list_files
 from core.db.session import Database, now
+from core.db.tables import Job
 from tests.builders_services import wait_until
 from tests.workers.builders import (
     add_ingest,
@@ -84,9 +84,9 @@ def test_an_attempt_whose_process_is_killed_is_made_again(database: Database, tm
 
 def test_a_job_that_kills_every_attempt_ends_after_its_last(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
-    job_id = add_ingest(database, write_folder(tmp_path), max_attempts=3)
+    job_id = add_ingest(database, write_folder(tmp_path))
 
-    with killing_every_child() as killed, worker_inside(make_settings(tmp_path, database)):
+    with killing_every_child() as killed, worker_inside(make_settings(tmp_path, database, max_attempts=3)):
         job = wait_for_end(database, job_id)
 
     assert (job.status, job.attempt, (job.error or {})["code"]) == ("failed", 3, "attempt.lost")
@@ -98,9 +98,9 @@ def test_a_job_that_kills_every_attempt_ends_after_its_last(sqlite_url: str, tmp
 
 def test_a_frozen_attempt_loses_its_lease_and_is_made_again(database: Database, tmp_path: Path) -> None:
     # On a busy machine the start of a process alone may take longer than such a limit, hence the many attempts.
-    job_id = add_ingest(database, write_folder(tmp_path), max_attempts=20)
+    job_id = add_ingest(database, write_folder(tmp_path))
 
-    with worker_inside(make_settings(tmp_path, database, stall_seconds=3.0)):
+    with worker_inside(make_settings(tmp_path, database, stall_seconds=3.0, max_attempts=20)):
         frozen = frozen_child(database, job_id)
         job = wait_for_end(database, job_id, seconds=60)
 
@@ -159,8 +159,8 @@ def test_an_attempt_that_does_not_stop_in_time_is_killed_and_canceled(sqlite_url
 
 
 def test_a_worker_that_stops_gives_its_job_back_at_no_cost(database: Database, tmp_path: Path) -> None:
-    settings = make_settings(tmp_path, database, grace_seconds=0.5)
-    job_id = add_ingest(database, write_folder(tmp_path), max_attempts=1)
+    settings = make_settings(tmp_path, database, grace_seconds=0.5, max_attempts=1)
+    job_id = add_ingest(database, write_folder(tmp_path))
 
     with worker_inside(settings):
         pid = frozen_child(database, job_id)
@@ -176,7 +176,12 @@ def test_a_worker_that_stops_gives_its_job_back_at_no_cost(database: Database, t
 def test_an_attempt_that_was_given_up_on_is_killed_and_writes_nothing(database: Database, tmp_path: Path) -> None:
     job_id = add_ingest(database, write_folder(tmp_path))
 
-    with worker_inside(make_settings(tmp_path, database)) as worker:
+    def claim() -> Job | None:
+        with database.transaction() as session:
+            return jobs.claim(session, holder="other", capabilities=["cpu"], lease_seconds=60)
+
+    # A lease that a busy machine cannot lose by itself.
+    with worker_inside(make_settings(tmp_path, database, lease_seconds=60.0)) as worker:
         pid = frozen_child(database, job_id)
         held = read_job(database, job_id)
         # What housekeeping does once a lease has run out, and another worker after it.
@@ -184,13 +189,12 @@ def test_an_attempt_that_was_given_up_on_is_killed_and_writes_nothing(database: 
         with database.transaction() as session:
             jobs.get_job(session, job_id).lease_until = now(session) - timedelta(seconds=1)
             jobs.lose_expired(session, backoff_seconds=0)
-        with database.transaction() as session:
-            successor = jobs.claim(session, holder="other", capabilities=["cpu"], lease_seconds=60)
-        assert successor is not None
+        # A claim passes over a row that the relay holds just then.
+        wait_until(claim, what="the successor's claim")
         os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: is_gone(pid), what="the end of the fenced attempt")
-        time.sleep(0.3)
-        job = read_job(database, job_id)
+        wait_until(lambda: is_gone(pid), seconds=60, what="the end of the fenced attempt")
+    # A worker that has stopped has written whatever it would write.
+    job = read_job(database, job_id)
 
     assert held.token == 1
     assert (job.status, job.token, job.lease_holder, job.result) == ("running", 2, "other", None)

@@ -34,8 +34,8 @@ def freeze_at_work(directory: Path) -> int:
 
 def test_a_killed_worker_takes_its_attempts_with_it_and_its_successor_goes_on_at_once(database: Database, tmp_path: Path) -> None:
     # So long a lease that nobody waits for it.
-    settings = make_settings(tmp_path, database, lease_seconds=600.0)
-    job_id = add_ingest(database, write_folder(tmp_path), max_attempts=1)
+    settings = make_settings(tmp_path, database, lease_seconds=600.0, max_attempts=1)
+    job_id = add_ingest(database, write_folder(tmp_path))
     with running_worker(settings, tmp_path, name="first") as first:
         child = freeze_at_work(tmp_path / "data" / "jobs" / job_id)
         first.kill()
