@@ -118,7 +118,13 @@ def report(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str:
     lines += ["", "| paired difference on test, points | mean | 95 % interval |", "| --- | ---: | ---: |"]
     students = [arm for arm in arms if arm.startswith("noisy student")]
     others = [arm for arm in arms if arm not in students]
-    pairs = [(student, other) for student in students for other in others]
+    # A student is held against the control of its own iteration.
+    pairs = [
+        (student, other)
+        for student in students
+        for other in others
+        if not other.startswith("control") or other.split()[-1] == student.split()[-1]
+    ]
     pairs += [(other, "teacher") for other in others if other.endswith("without noise")]
     for one, other in pairs:
         differences = [100 * (results[seed][one]["test"] - results[seed][other]["test"]) for seed in seeds]
