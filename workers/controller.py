@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
+import sqlalchemy.exc
 from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
@@ -19,8 +20,10 @@ from core.db.pseudo_labels import enqueue_selection
 from core.db.runs import enqueue_training, last_iteration, list_iterations, move_run, start_iteration
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run
+from core.errors import ServiceError
 from core.logs import get_log
 from ml.config import Recipe
+from ml.errors import MlError
 from ml.self_training import GenerationRecord, Stop, next_iteration
 from ml.validation import build
 
@@ -104,7 +107,25 @@ def _versions_without_hope() -> sa.Select[str]:
 
 
 def advance_run(database: Database, run_id: str) -> bool:
-    """Make every move that the run's rows allow; False when there was none."""
+    """Make every move that the run's rows allow; False when there was none. A run that cannot go on fails; only the database raises."""
+    try:
+        return _move_on(database, run_id)
+    except sqlalchemy.exc.SQLAlchemyError:
+        raise
+    except Exception as error:  # one run's outermost frame: what is wrong with it must not stop the others
+        get_log().exception("controller.run_failed", run_id=run_id)
+        with database.transaction() as session:
+            if session.get_one(Run, run_id, with_for_update=True, populate_existing=True).status == "active":
+                move_run(session, run_id, "failed", error={"code": "run.cannot_go_on", "message": _tell(error)})
+        return True
+
+
+def _tell(error: Exception) -> str:
+    known = isinstance(error, MlError | ServiceError)
+    return str(error) if known else f"the controller could not make sense of it: {type(error).__name__}: {error}"
+
+
+def _move_on(database: Database, run_id: str) -> bool:
     with database.reading() as session:
         if decide(read_facts(session, run_id)) is None:
             return False
@@ -228,7 +249,21 @@ _MOVES = {"select": _select, "train": _train, "finish": _finish, "next": _next, 
 
 
 def advance_set(database: Database, set_id: str) -> bool:
-    """Make the next move of a set that belongs to no run; False when there was none."""
+    """Make the next move of a set that belongs to no run; False when there was none. One that cannot go on fails."""
+    try:
+        return _move_set_on(database, set_id)
+    except sqlalchemy.exc.SQLAlchemyError:
+        raise
+    except Exception:  # as for a run
+        get_log().exception("controller.set_failed", pseudo_label_set_id=set_id)
+        with database.transaction() as session:
+            row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+            if row.status in ("labeling", "selecting"):
+                row.status, row.finished_at = "failed", now(session)
+        return True
+
+
+def _move_set_on(database: Database, set_id: str) -> bool:
     with database.reading() as session:
         if _decide_set_row(session, session.get_one(PseudoLabelSet, set_id)) is None:
             return False

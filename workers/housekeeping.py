@@ -38,12 +38,23 @@ _BATCH = 200
 class Housekeeping:
     """A thread that tries to be the one that keeps house, and does so while it is."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage, queue: Queue, *, holder: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        storage: Storage,
+        queue: Queue,
+        *,
+        holder: str,
+        on_crash: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """`on_crash` hears of the surprise that ended the thread."""
         self._settings = settings
         self._database = database
         self._storage = storage
         self._queue = queue
         self._holder = holder
+        self._on_crash = on_crash
         self._bell = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
@@ -77,6 +88,15 @@ class Housekeeping:
         self._bell.set()
 
     def _run(self) -> None:
+        try:
+            self._keep_on()
+        except Exception as error:
+            # A worker without housekeeping would look alive while nothing moves.
+            if self._on_crash is not None:
+                self._on_crash(error)
+            raise
+
+    def _keep_on(self) -> None:
         while not self._stopping.is_set():
             try:
                 if self._hold():

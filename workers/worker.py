@@ -23,7 +23,8 @@ class FullWorker:
         self.database = Database(settings.resolved_database_url)
         check_schema(self.database)
         storage, name = LocalStorage(settings.objects_directory), make_name(settings)
-        self.housekeeping = Housekeeping(settings, self.database, storage, make_queue(settings.redis_url), holder=name)
+        queue = make_queue(settings.redis_url)
+        self.housekeeping = Housekeeping(settings, self.database, storage, queue, holder=name, on_crash=self._report_crash)
         self.supervisor = Supervisor(
             settings,
             self.database,
@@ -38,6 +39,9 @@ class FullWorker:
         """Begin to work, in threads."""
         self.supervisor.start()
         self.housekeeping.start()
+
+    def _report_crash(self, error: Exception) -> None:
+        self.supervisor.report_crash(error)
 
     def stop(self) -> None:
         """Interrupt, hand over, say good-bye. Returns when that is written."""

@@ -30,7 +30,9 @@ def add_dataset(session: Session, name: str, kind: str) -> DatasetVersion:
     return version
 
 
-def add_run(database: Database, *, iterations: int = 1, recipe: dict[str, Any] | None = None, initial: str | None = None) -> str:
+def add_run(
+    database: Database, *, iterations: int = 1, recipe: dict[str, Any] | None = None, initial: str | None = None, of: str = ""
+) -> str:
     """A run with three label shards an iteration."""
     overrides = {"labeling": {"shard_size": 16}, "iterations": {"control": False}} | (recipe or {})
     with database.transaction() as session:
@@ -39,8 +41,8 @@ def add_run(database: Database, *, iterations: int = 1, recipe: dict[str, Any] |
             name="run",
             recipe=to_dict(build_recipe("digits", overrides)),
             iterations=iterations,
-            labeled=add_dataset(session, "labeled", "labeled"),
-            unlabeled=add_dataset(session, "unlabeled", "unlabeled"),
+            labeled=add_dataset(session, f"labeled{of}", "labeled"),
+            unlabeled=add_dataset(session, f"unlabeled{of}", "unlabeled"),
             validation=None,
             test=None,
             initial_generation_id=initial,
@@ -189,6 +191,24 @@ def test_one_canceled_job_ends_its_run_but_a_retry_goes_on(sqlite_url: str) -> N
 
     assert read_run(database, run_id).status == "completed"
     database.close()
+
+
+def test_a_run_that_cannot_go_on_fails_alone(database: Database) -> None:
+    bad, good = add_run(database, of="-bad"), add_run(database, of="-good")
+    while finish_next(database) is not None:
+        pass
+    with database.transaction() as session:
+        row = get_run(session, bad)
+        row.recipe = {**row.recipe, "labelling": {}}
+
+    advance_all(database)
+
+    assert read_run(database, bad).status == "failed"
+    error = read_run(database, bad).error or {}
+    assert error["code"] == "run.cannot_go_on"
+    assert "labelling" in error["message"]
+    assert finish_next(database) == "label"
+    assert read_run(database, good).status == "active"
 
 
 def test_a_paused_run_stands_still(sqlite_url: str) -> None:

@@ -132,6 +132,27 @@ def test_folders_stay_as_long_as_a_retry_could_use_them(
     database.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_housekeeping_that_dies_says_so(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    settings, heard = make_settings(tmp_path, database), list[Exception]()
+    add_jobs(database, jobs.NewJob(kind="ingest", input={}))
+
+    class Broken:
+        """A queue with a defect of its own."""
+
+        def publish(self, job_id: str, *, capability: str) -> None:
+            raise ZeroDivisionError(job_id)
+
+    house = Housekeeping(settings, database, LocalStorage(settings.objects_directory), Broken(), holder="a", on_crash=heard.append)
+    house.start()
+    wait_until(lambda: heard, what="the report")
+    house.stop()
+
+    assert isinstance(heard[0], ZeroDivisionError)
+    database.close()
+
+
 def test_nothing_is_written_while_there_is_nothing_to_do(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
     house = keep(database, tmp_path)
