@@ -95,8 +95,9 @@ def restart(service: Service, tmp_path: Path) -> Service:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
 def test_a_full_disk_while_writing_a_checkpoint_loses_nothing(tmp_path: Path):
-    """The attempt's folder is a file system of 12 MB that is filled up in the middle, then freed."""
+    """The attempt's folder is a file system of 24 MB that is filled up in the middle, then freed."""
     import subprocess
 
     folders = write_folders(tmp_path / "images")
