@@ -43,6 +43,43 @@ def wait_for_progress(service: Service, run_id: str, *, beyond: int, seconds: fl
     )
 
 
+def events_of_training(service: Service, run_id: str) -> list[dict[str, Any]]:
+    """Everything that its one training job told, oldest first."""
+    [job] = service.get("/api/v1/jobs", run_id=run_id, kind="train")["items"]
+    found: list[dict[str, Any]] = []
+    while page := service.get(f"/api/v1/jobs/{job['id']}/events", after=found[-1]["number"] if found else 0, limit=1000)["items"]:
+        found += page
+    return found
+
+
+def wait_for_checkpoint(service: Service, run_id: str, *, attempt: int) -> int:
+    """The step of a checkpoint that the attempt, counted from 1, wrote: what a kill must not lose."""
+
+    def written() -> int | None:
+        steps = steps_of_attempts(service, run_id, "checkpoint")
+        return steps[-1][-1] if len(steps) >= attempt and steps[-1] else None
+
+    return int(wait_until(written, seconds=90, what=f"a checkpoint of attempt {attempt}"))
+
+
+def steps_of_attempts(service: Service, run_id: str, kind: str) -> list[list[int]]:
+    """Steps in the events of one kind, a list for each attempt."""
+    attempts: list[list[int]] = []
+    for event in events_of_training(service, run_id):
+        if event["kind"] == "started":
+            attempts.append([])
+        elif event["kind"] == kind and "step" in event["data"]:
+            attempts[-1].append(int(event["data"]["step"]))
+    return attempts
+
+
+def check_no_attempt_began_anew(service: Service, run_id: str, checkpoints: list[int]) -> None:
+    """The first word of each attempt after a kill is about a step above the checkpoint known before that kill."""
+    later = steps_of_attempts(service, run_id, "metric")[1:]
+    assert len(later) == len(checkpoints)
+    assert all(steps[0] > checkpoint > 0 for steps, checkpoint in zip(later, checkpoints, strict=True)), (later, checkpoints)
+
+
 def weights_digest(service: Service, run_id: str) -> str:
     generation_id = wait_for_iteration(service, run_id, 0, seconds=200)["generation_id"]
     return str(service.get(f"/api/v1/generations/{generation_id}")["digest"])
@@ -59,13 +96,16 @@ def test_killed_child_supervisor_and_everything_end_with_the_undisturbed_runs_bi
     try:
         run_id = start_run(stormy, folders, iterations="manual", recipe=LONG)["id"]
 
+        checkpoints = [wait_for_checkpoint(stormy, run_id, attempt=1)]
         step = wait_for_progress(stormy, run_id, beyond=0)
         kill_all(children_running(stormy, "workers.attempt"))
 
         step = wait_for_progress(stormy, run_id, beyond=step)
+        checkpoints.append(wait_for_checkpoint(stormy, run_id, attempt=len(checkpoints) + 1))
         kill_all([process for process in children_running(stormy, "workers") if "workers.attempt" not in " ".join(process.cmdline())])
 
-        step = wait_for_progress(stormy, run_id, beyond=step)
+        wait_for_progress(stormy, run_id, beyond=step)
+        checkpoints.append(wait_for_checkpoint(stormy, run_id, attempt=len(checkpoints) + 1))
         stormy.processes.kill("up")
         went_on = restart(stormy, tmp_path)
         begun = time.monotonic()
@@ -74,6 +114,7 @@ def test_killed_child_supervisor_and_everything_end_with_the_undisturbed_runs_bi
         stormy = went_on
 
         assert weights_digest(stormy, run_id) == undisturbed
+        check_no_attempt_began_anew(stormy, run_id, checkpoints)
         stormy.verify()
     finally:
         stormy.close()
