@@ -61,7 +61,7 @@ def _measure(setting: _Setting, folder: Path, found: Measurement) -> dict[str, f
     recipe = get_recipe(setting.preset)
     runtime = resolve_runtime(RuntimeConfig(device="cpu"), image_size=recipe.image.size)
     device = apply_runtime(runtime)
-    generation = _export(setting, folder / "generation")
+    generation = export(setting.preset, folder / "generation")
     network = models.load_generation(generation, device).network
     pool = manifest_of(setting.pool, kind="unlabeled")
     task = LabelingTask(
@@ -123,9 +123,9 @@ def _seconds_of_network(network: torch.nn.Module, runtime: RuntimeConfig, *, bat
     return seconds / batch
 
 
-def _export(setting: _Setting, folder: Path) -> Path:
+def export(preset: str, folder: Path) -> Path:
     """A generation with random weights, without its ONNX file, which labeling does not read."""
-    recipe = get_recipe(setting.preset)
+    recipe = get_recipe(preset)
     torch.manual_seed(SEED)
     network = models.create_network(recipe.teacher.network, num_classes=len(CLASSES), noise=recipe.teacher.noise, image=recipe.image)
     folder.mkdir(parents=True)
