@@ -93,7 +93,7 @@ def _measure(setting: _Setting, folder: Path, found: Measurement) -> dict[str, f
 
     for warm_up in (decode, model, end_to_end):
         warm_up()
-    turns = interleaved({"decode": decode, "model": model, "rate": end_to_end}, repeats=REPEATS, most=2 * REPEATS)
+    turns = interleaved({"decode": decode, "model": model, "rate": end_to_end}, repeats=REPEATS, most=REPEATS + 3)
     ceilings = [num_cores() / (one + other) for one, other in zip(turns["decode"], turns["model"], strict=True)]
     ratios = [rate / ceiling for rate, ceiling in zip(turns["rate"], ceilings, strict=True)]
     found.figures[f"labeling-{setting.preset}"] = summary(ratios)["median"]

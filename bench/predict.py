@@ -83,7 +83,7 @@ def _measure(service: Service, generation: str, folder: Path, directory: Path, f
     in_process()
     through_http()
     runs.clear()
-    turns = interleaved({"loop": in_process, "http": through_http}, repeats=REPEATS, most=2 * REPEATS)
+    turns = interleaved({"loop": in_process, "http": through_http}, repeats=REPEATS, most=REPEATS + 3)
     ratios = [http / loop for http, loop in zip(turns["http"], turns["loop"], strict=True)]
     found.figures["predict-throughput"] = summary(ratios)["median"]
     found.tables["/predict, EfficientNet-B0 at 224 px (medians of interleaved repeats)"] = [

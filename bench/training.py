@@ -181,7 +181,7 @@ def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
         stage.rate(numbered)
         stage.network()
         parts = {"decode": stage.decode, "augment": stage.augment, "model": stage.network, "rate": lambda: stage.rate(numbered)}
-        turns = interleaved(parts, repeats=setting.repeats, most=setting.repeats * 2)
+        turns = interleaved(parts, repeats=setting.repeats, most=setting.repeats + 3)
     terms = zip(turns["decode"], turns["augment"], turns["model"], strict=True)
     ceilings = [num_cores() / sum(seconds) for seconds in terms]
     ratios = [rate / ceiling for rate, ceiling in zip(turns["rate"], ceilings, strict=True)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -122,8 +123,9 @@ class Manifest:
 
     def paths(self) -> list[str]:
         """Absolute path of every row's file."""
-        root = Path(self.root).absolute()
-        return [str(root / key) for key in self.column("key")]
+        # A Path object each costs 3 µs, a thirtieth of decoding a small image.
+        root = str(Path(self.root).absolute())
+        return [os.path.join(root, key) for key in self.column("key")]
 
     def class_indices(self, class_names: Sequence[str]) -> list[int]:
         """Each row's place in `class_names`; ClassMismatch when a row has a class that is not there, or none."""
