@@ -106,13 +106,15 @@ def _versions_without_hope() -> sa.Select[str]:
     return sa.select(DatasetVersion.id).where(DatasetVersion.status == "pending", DatasetVersion.job_id.in_(ended))
 
 
+_CANNOT_GO_ON = (MlError, ServiceError, LookupError, TypeError, ValueError)
+"""What a row can raise that another version wrote, or a recipe that a newer one refuses: one run's trouble must not stop the others."""
+
+
 def advance_run(database: Database, run_id: str) -> bool:
     """Make every move that the run's rows allow; False when there was none. A run that cannot go on fails; only the database raises."""
     try:
         return _move_on(database, run_id)
-    except sqlalchemy.exc.SQLAlchemyError:
-        raise
-    except Exception as error:  # one run's outermost frame: what is wrong with it must not stop the others
+    except _CANNOT_GO_ON as error:
         get_log().exception("controller.run_failed", run_id=run_id)
         with database.transaction() as session:
             if session.get_one(Run, run_id, with_for_update=True, populate_existing=True).status == "active":
@@ -120,7 +122,7 @@ def advance_run(database: Database, run_id: str) -> bool:
         return True
 
 
-def _tell(error: Exception) -> str:
+def _tell(error: BaseException) -> str:
     known = isinstance(error, MlError | ServiceError)
     return str(error) if known else f"the controller could not make sense of it: {type(error).__name__}: {error}"
 
@@ -252,9 +254,7 @@ def advance_set(database: Database, set_id: str) -> bool:
     """Make the next move of a set that belongs to no run; False when there was none. One that cannot go on fails."""
     try:
         return _move_set_on(database, set_id)
-    except sqlalchemy.exc.SQLAlchemyError:
-        raise
-    except Exception:  # as for a run
+    except _CANNOT_GO_ON:
         get_log().exception("controller.set_failed", pseudo_label_set_id=set_id)
         with database.transaction() as session:
             row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
