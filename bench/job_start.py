@@ -18,7 +18,7 @@ from bench.photographs import small_photographs
 from bench.service import Service, embedded, with_broker
 from tests.builders_services import create_database, running_postgresql, running_redis
 
-JOBS = 24
+JOBS = 20
 SEED = 4
 _LONGEST_PAUSE_SECONDS = 1.2
 

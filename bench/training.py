@@ -117,12 +117,16 @@ class _Stage:
 
         return seconds_per_call(one, at_least=self.setting.seconds)
 
-    def network(self) -> float:
-        """Seconds an image."""
-        torch.set_num_threads(1)
+    def network(self, num_threads: int = 1) -> float:
+        """Seconds an image, with nothing beside it."""
+        torch.set_num_threads(num_threads)
         seconds = seconds_per_call(self._alone.step, at_least=self.setting.seconds) / self.plan.batch
         apply_runtime(self.runtime)
         return seconds
+
+    def network_as_run(self) -> float:
+        """Seconds an image with the threads that the training has: the most that it can reach, whatever the loader does."""
+        return self.network(self.runtime.num_threads)
 
     def rate(self, batches: Iterator[tuple[int, Batch]]) -> float:
         """Images a second of the training itself."""
@@ -166,7 +170,7 @@ class _Alone:
 def measure() -> Measurement:
     found = Measurement(name="training", details={"seed": SEED})
     settings = (
-        _Setting(preset="small-32px", pool=small_photographs(8192), repeats=7, steps=30, warm_steps=10, seconds=0.7),
+        _Setting(preset="small-32px", pool=small_photographs(8192), repeats=5, steps=30, warm_steps=8, seconds=0.7),
         _Setting(preset="photos-224", pool=photographs(400), repeats=5, steps=2, warm_steps=1, seconds=1.0),
     )
     title = "Training, images/s (medians of interleaved repeats; the three terms on one core)"
@@ -180,7 +184,13 @@ def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
         numbered = iter(enumerate(batches))
         stage.rate(numbered)
         stage.network()
-        parts = {"decode": stage.decode, "augment": stage.augment, "model": stage.network, "rate": lambda: stage.rate(numbered)}
+        parts = {
+            "decode": stage.decode,
+            "augment": stage.augment,
+            "model": stage.network,
+            "as run": stage.network_as_run,
+            "rate": lambda: stage.rate(numbered),
+        }
         turns = interleaved(parts, repeats=setting.repeats, most=setting.repeats + 3)
     terms = zip(turns["decode"], turns["augment"], turns["model"], strict=True)
     ceilings = [num_cores() / sum(seconds) for seconds in terms]
@@ -193,6 +203,7 @@ def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
         "decode": 1 / decode if decode else "cached",
         "augment": 1 / summary(turns["augment"])["median"],
         "network": 1 / summary(turns["model"])["median"],
+        "with its threads": 1 / summary(turns["as run"])["median"],
         "ceiling": summary(ceilings)["median"],
         "training": summary(turns["rate"])["median"],
         "ratio": summary(ratios)["median"],

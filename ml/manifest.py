@@ -76,13 +76,17 @@ class Manifest:
         return cls(str(root), kind, tuple(sorted(names)), pa.table(columns, schema=_schema()))
 
     @classmethod
-    def read(cls, path: str | Path) -> Manifest:
-        """Open the manifest at `path`; DataError when it is absent, damaged or something else."""
+    def read(cls, path: str | Path, *, start: int = 0, stop: int | None = None) -> Manifest:
+        """Open the manifest at `path`, or only its rows from `start` up to, not including, `stop`.
+
+        DataError when it is absent, damaged or something else.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path, partitioning=None)
+            with pq.ParquetFile(path) as file:
+                table = _read_rows(file, start, file.metadata.num_rows if stop is None else stop)
             facts = json.loads((table.schema.metadata or {})[b"manifest"])
             table = table.replace_schema_metadata(None).cast(_schema())
         except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
@@ -162,6 +166,19 @@ class Manifest:
 
     def _with(self, table: pa.Table) -> Manifest:
         return Manifest(self.root, self.kind, self.class_names, table)
+
+
+def _read_rows(file: Any, start: int, stop: int) -> pa.Table:
+    """Rows of an open Parquet file; only the row groups that hold them are read, so a shard of a large pool stays cheap."""
+    groups, before, first = [], 0, 0
+    for group in range(file.num_row_groups):
+        behind = first + file.metadata.row_group(group).num_rows
+        if behind <= start:
+            before = behind
+        elif first < stop:
+            groups.append(group)
+        first = behind
+    return file.read_row_groups(groups).slice(start - before, max(0, stop - start))
 
 
 def count_rows(path: str | Path) -> int:

@@ -196,7 +196,7 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
     """
     started = time.monotonic()
     device = apply_runtime(task.runtime)
-    rows = Manifest.read(task.unlabeled).rows(task.start, task.stop)
+    rows = Manifest.read(task.unlabeled, start=task.start, stop=task.stop)
     generation = load_generation(Path(task.generation), device)
     facts = _shard_facts(task, rows, generation)
     if pseudo_labels.is_complete(task.output, **facts):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ml.manifest
 from ml.errors import ClassMismatch, DataError, TooFewLabels
 from ml.manifest import Manifest, split, split_validation
 
@@ -42,6 +43,18 @@ def test_a_written_manifest_reads_back_the_same(tmp_path: Path) -> None:
     assert (again.root, again.kind, again.class_names) == ("/images", "labeled", ("cat", "dog"))
     assert again.table.equals(manifest.table)
     assert again.digest() == manifest.digest()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 30), (3, 9), (8, 8), (7, 100), (29, 30), (30, 40)])
+def test_rows_read_alone_are_those_of_the_whole(start: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ml.manifest, "_BATCH_ROWS", 8)
+    manifest = build_manifest()
+    manifest.write(tmp_path / "manifest.parquet")
+
+    part = Manifest.read(tmp_path / "manifest.parquet", start=start, stop=stop)
+
+    assert part.table.equals(manifest.rows(start, stop).table)
+    assert part.digest() == manifest.rows(start, stop).digest()
 
 
 def test_equal_manifests_have_equal_bytes(tmp_path: Path) -> None:
