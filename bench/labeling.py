@@ -27,7 +27,7 @@ from ml.recipes import get_recipe
 from ml.tasks import LabelingTask
 
 SEED = 1
-REPEATS = 5
+REPEATS = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +43,8 @@ class _Setting:
 def measure() -> Measurement:
     found = Measurement(name="labeling", details={"seed": SEED, "repeats": REPEATS})
     settings = (
-        _Setting(preset="small-32px", pool=small_photographs(8192), shard=8192, seconds=1.0),
-        _Setting(preset="photos-224", pool=photographs(400), shard=400, seconds=1.5),
+        _Setting(preset="small-32px", pool=small_photographs(8192), shard=8192, seconds=0.5),
+        _Setting(preset="photos-224", pool=photographs(400), shard=400, seconds=1.0),
     )
     rows = []
     for setting in settings:

@@ -170,8 +170,8 @@ class _Alone:
 def measure() -> Measurement:
     found = Measurement(name="training", details={"seed": SEED})
     settings = (
-        _Setting(preset="small-32px", pool=small_photographs(8192), repeats=5, steps=30, warm_steps=8, seconds=0.7),
-        _Setting(preset="photos-224", pool=photographs(400), repeats=5, steps=2, warm_steps=1, seconds=1.0),
+        _Setting(preset="small-32px", pool=small_photographs(8192), repeats=15, steps=10, warm_steps=1, seconds=0.4),
+        _Setting(preset="photos-224", pool=photographs(400), repeats=9, steps=2, warm_steps=3, seconds=0.7),
     )
     title = "Training, images/s (medians of interleaved repeats; the three terms on one core)"
     found.tables[title] = [_measure(setting, found) for setting in settings]

@@ -1,13 +1,16 @@
 """Batches of labeled and pseudo-labeled images under noise, as tensors, from this process or from workers.
 
-Only bytes cross a process border; the device normalizes. Workers take whole steps in turn, so a resumed training, or one
-with another number of workers, sees the same bits. What a step holds is `ml.views`' matter.
+Only bytes cross a process border; the device normalizes. What a step holds is `ml.views`' matter, and a function of its
+number, so a resumed training, or one with another number of workers, sees the same bits. Workers make steps ahead, each
+whole ones in turn. Small images on a CPU are made otherwise: by every core at once between two steps, because a network
+whose operations take microseconds waits at each of them for the core that a worker is using.
 
 B labeled images of a step, U pseudo-labeled images of a step, K classes, C H W.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
 from ml.errors import BadImage, DataError
 from ml.manifest import Manifest
 from ml.selection import SelectedLabels
-from ml.views import Broken, ImageStream, Source, Steps, StrongViews, Targets, work
+from ml.views import TICKETS, Broken, ImageStream, Source, Steps, StrongViews, Targets, claimed_rows, work
 
 _WORTH_A_WORKER_SECONDS = 2.0
 """A worker takes most of a second to start; less work than this is done sooner without."""
@@ -91,6 +94,7 @@ class TrainingBatches:
             batch_bytes=batch * image_bytes,
         )
         self._pinned = runtime.device == "cuda"
+        self._shared = cached and runtime.device == "cpu"
 
         def source(name: str, images: Manifest, repeats: Any, size: int) -> Source:
             views = StrongViews(images.paths(), image, noise)
@@ -118,7 +122,7 @@ class TrainingBatches:
         return len(self._range)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._running = self._from_workers() if self._workers else self._from_here()
+        self._running = self._from_all() if self._shared else self._ahead() if self._workers else self._from_here()
         return self._running
 
     def _memory(self, num_bytes: int) -> Any:
@@ -127,11 +131,43 @@ class TrainingBatches:
     def _from_here(self) -> Generator[Batch]:
         images = np.empty(self._steps.shape(), dtype=np.uint8)
         for step in self._range:
-            yield self._batch(images, self._steps.fill(step, images))
+            self._steps.fill(step, images)
+            yield self._batch(images, self._steps.targets(step))
 
-    def _from_workers(self) -> Generator[Batch]:
-        workers = [_Worker(self._steps, self._range[place :: self._workers]) for place in range(self._workers)]
+    def _from_all(self) -> Generator[Batch]:
+        """Every step made by this process and its workers together, when it is asked for."""
+        memory = _SPAWN.RawArray("B", int(np.prod(self._steps.shape())))
+        images = np.frombuffer(memory, np.uint8).reshape(self._steps.shape())
+        tickets, till = _SPAWN.Pipe(duplex=False)
+        os.set_blocking(tickets.fileno(), False)
+        workers = [_Worker(self._steps, self._range, [memory], tickets) for _ in range(self._workers)]
         try:
+            for step in self._range:
+                os.write(till.fileno(), TICKETS)
+                for worker in workers:
+                    worker.free(0)
+                self._steps.fill(step, images, claimed_rows(tickets, len(images)))
+                targets = self._steps.targets(step)
+                for worker in workers:
+                    worker.receive()
+                yield self._batch(images, targets)
+        finally:
+            for worker in workers:
+                worker.end()
+            tickets.close()
+            till.close()
+
+    def _ahead(self) -> Generator[Batch]:
+        """Whole steps from the workers in turn, a few of them made before they are asked for."""
+        num_bytes = int(np.prod(self._steps.shape()))
+        workers = []
+        for place in range(self._workers):
+            numbers = self._range[place :: self._workers]
+            slots = [_SPAWN.RawArray("B", num_bytes) for _ in range(min(_SLOTS, len(numbers)))]
+            workers.append(_Worker(self._steps, numbers, slots))
+        try:
+            for worker in workers:
+                worker.free_all()
             for turn in range(len(self._range)):
                 worker = workers[turn % len(workers)]
                 slot, targets = worker.receive()
@@ -152,7 +188,7 @@ class TrainingBatches:
 
 @dataclass(init=False, slots=True)
 class _Worker:
-    """A process that fills slots of shared memory, and the line to it."""
+    """A process that fills some steps, or what it claims of them by tickets, in slots of shared memory, and the line to it."""
 
     _process: BaseProcess
     _line: Connection
@@ -160,19 +196,16 @@ class _Worker:
     _shape: tuple[int, ...]
     _turn: int
 
-    def __init__(self, steps: Steps, numbers: range) -> None:
-        self._shape, self._turn = steps.shape(), 0
-        self._slots = [_SPAWN.RawArray("B", int(np.prod(self._shape))) for _ in range(min(_SLOTS, len(numbers)))]
+    def __init__(self, steps: Steps, numbers: range, slots: list[Any], tickets: Connection | None = None) -> None:
+        self._shape, self._turn, self._slots = steps.shape(), 0, slots
         self._line, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=work, args=(steps, numbers, self._slots, theirs), daemon=True)
+        self._process = _SPAWN.Process(target=work, args=(steps, numbers, slots, theirs, tickets), daemon=True)
         self._process.start()
         # Only the worker holds its end now, so that its death ends the line.
         theirs.close()
-        for slot in range(len(self._slots)):
-            self.free(slot)
 
-    def receive(self) -> tuple[int, Targets]:
-        """Wait for the worker's next step: the slot with its images, and its targets."""
+    def receive(self) -> tuple[int, Any]:
+        """Wait for the worker's next step: the slot with its images, and what it sent of the targets."""
         try:
             message = self._line.recv()
         except (EOFError, ConnectionError) as error:
@@ -186,8 +219,13 @@ class _Worker:
     def images(self, slot: int) -> Any:
         return np.frombuffer(self._slots[slot], np.uint8).reshape(self._shape)
 
+    def free_all(self) -> None:
+        """Let the worker begin."""
+        for slot in range(len(self._slots)):
+            self.free(slot)
+
     def free(self, slot: int) -> None:
-        """Let the worker fill the slot again."""
+        """Let the worker fill the slot, again or for the first time."""
         try:
             self._line.send(slot)
         except ConnectionError:

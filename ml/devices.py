@@ -6,11 +6,13 @@ the run, and applied unchanged by every later attempt.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,12 @@ from ml.errors import OutOfMemory, RecipeError
 # Where Linux lists them: x86 with AVX-512 BF16 or AMX, and Arm's BF16 extension.
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _LARGE_IMAGE = 96
-"""From this side on the network costs so much more than the loader that it gets every core."""
+"""From this side on the network costs so much more on a CPU than the loader that one worker keeps up."""
+_MOST_WORKERS = 12
+
+# malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BYTES = 2**30
 
 
 def num_cores() -> int:
@@ -34,8 +41,8 @@ def num_cores() -> int:
 def resolve_runtime(runtime: RuntimeConfig, *, image_size: int | None = None) -> RuntimeConfig:
     """The same runtime without `auto` and without 0 threads; RecipeError when CUDA is asked for and absent.
 
-    With large images (`image_size`, the side in pixels) the training's threads are all cores: the loader needs a
-    small share of them then, and a core kept for it would idle.
+    The network gets every core. With large images (`image_size`, the side in pixels) one loader worker suffices on a CPU,
+    a small share of whose time it takes; small images are made by all cores at once between two steps.
     """
     device = runtime.device
     if device == "auto":
@@ -46,13 +53,11 @@ def resolve_runtime(runtime: RuntimeConfig, *, image_size: int | None = None) ->
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
     cores = num_cores()
-    share = cores if image_size is not None and image_size >= _LARGE_IMAGE else cores // 2
     workers = runtime.num_loader_workers
     if workers == "auto":
-        workers = min(cores - 1, 12) if device == "cuda" else min(cores - 1, 1)
-    return replace(
-        runtime, device=device, precision=precision, num_threads=runtime.num_threads or max(1, share), num_loader_workers=workers
-    )
+        is_one_enough = device == "cpu" and image_size is not None and image_size >= _LARGE_IMAGE
+        workers = min(cores - 1, 1 if is_one_enough else _MOST_WORKERS)
+    return replace(runtime, device=device, precision=precision, num_threads=runtime.num_threads or cores, num_loader_workers=workers)
 
 
 def _has_bf16(device: str) -> bool:
@@ -74,11 +79,27 @@ def _cpu_facts() -> dict[str, Any]:
 def apply_runtime(runtime: RuntimeConfig) -> torch.device:
     """Give torch the resolved runtime's threads and true fp32; return the device to put tensors on."""
     torch.set_num_threads(runtime.num_threads)
+    _keep_freed_memory()
     if runtime.device == "cuda":
         # fp32 means fp32: evaluation and labeling are compared with the exported artifact, and TF32 would move them.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return torch.device(runtime.device)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep what tensors of one step leave for those of the next, where it is glibc.
+
+    It gives large blocks back to the system at once and asks for them again in the next step, page by page: on two cores
+    that was a tenth of a small network's training. The most that is held at a time stays the same.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+    set_option(_M_TRIM_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 
 def autocast(runtime: RuntimeConfig) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ from ml.determinism import torch_seed
 from ml.devices import autocast, shield_small_convolutions, translate_oom
 from ml.ema import EmaWeights
 from ml.losses import StepLoss
+from ml.normalization import Normalization
 from ml.optimizers import build_optimizer, set_learning_rate
 from ml.pixels import Preprocessing
 from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at
@@ -60,9 +61,7 @@ class Learner:
         self._runtime = runtime
         self._seed = seed
         self._device = device
-        scale, bias = preprocessing.scale_and_bias()
-        self._scale = torch.from_numpy(scale).to(device).view(3, 1, 1)
-        self._bias = torch.from_numpy(bias).to(device).view(3, 1, 1)
+        self._normalize = Normalization(preprocessing, device)
         self._recent: list[Tensor] = []
 
     def step(self, step: int, batch: Batch) -> None:
@@ -134,9 +133,8 @@ class Learner:
     def _loss(self, part: _Part) -> StepLoss:
         """Forward of labeled and pseudo-labeled images together, so that batch norm sees the mixed batch; then the loss."""
         smoothing = self._config.training.label_smoothing
-        images = part.images.to(memory_format=torch.channels_last).float() * self._scale + self._bias
         with autocast(self._runtime):
-            logits = self._forward(images)
+            logits = self._forward(self._normalize(part.images.permute(0, 2, 3, 1)))
         num_labeled = len(part.labels_B)
         if part.soft_UK is None or not isinstance(self._config, StudentConfig):
             return losses.without_pseudo_labels(logits, part.labels_B, smoothing=smoothing)

@@ -29,6 +29,7 @@ from ml.errors import Interrupted, WeightsError
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.manifest import Manifest
 from ml.models import WEIGHTS, LoadedGeneration, load_generation
+from ml.normalization import Normalization
 from ml.pixels import Preprocessing
 from ml.tasks import EvaluationTask, LabelingTask
 
@@ -110,11 +111,10 @@ def forward(
 ) -> NDArray[np.float32]:
     """Logits of uint8 images, in the runtime's precision, without gradients. The batch travels as bytes and is normalized on the device."""
     device = torch.device(runtime.device)
-    scale, bias = (torch.from_numpy(values).to(device).view(3, 1, 1) for values in preprocessing.scale_and_bias())
+    normalize = Normalization(preprocessing, device)
     with torch.inference_mode(), autocast(runtime), translate_oom(f"a batch of {len(images_MHWC)} images without gradients"):
-        # Seen as NCHW, pixels that lie side by side are channels_last: nothing is copied for it.
-        images_MCHW = torch.from_numpy(images_MHWC).to(device, non_blocking=True).permute(0, 3, 1, 2)
-        logits_MK: NDArray[np.float32] = network(images_MCHW.float() * scale + bias).float().cpu().numpy()
+        images = normalize(torch.from_numpy(images_MHWC).to(device, non_blocking=True))
+        logits_MK: NDArray[np.float32] = network(images).float().cpu().numpy()
     return logits_MK
 
 
@@ -144,9 +144,8 @@ def predict(
     parts: list[NDArray[np.float32]] = []
     all_statuses: list[str] = []
     with _one_thread_each() if on_cpu else nullcontext():
-        # A thread waits while another process decodes for it, so there are two for each that computes.
-        callers = num_callers(runtime) * (1 if views.decoders is None else 2)
-        for item in _in_order(work, len(views), callers, should_stop):
+        # A thread waits while another process decodes for it, so that never more are at work than cores.
+        for item in _in_order(work, len(views), num_callers(runtime), should_stop):
             logits, statuses = item if on_cpu else logits_of(item)
             parts.append(logits)
             all_statuses += statuses

@@ -7,7 +7,8 @@ B labeled images of a step, U pseudo-labeled images of a step, K classes, H W C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ from ml.selection import SelectedLabels
 from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
 
 Bytes = npt.NDArray[np.uint8]
+
+TICKETS = bytes(range(64))
+"""Of one step; who takes number t out of the pipe makes the rows t, t + 64, t + 128, ..."""
 
 
 class ImageStream:
@@ -44,11 +48,13 @@ class ImageStream:
 
     def places(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(image, epoch, number in the epoch) of the positions from `start` up to `stop`; the last two name its noise."""
-        places = []
-        for position in range(start, stop):
-            epoch, at = divmod(position, len(self))
-            number = int(permutation(len(self), self.seed, epoch, self.name)[at])
-            places.append((int(np.searchsorted(self._ends, number, side="right")), epoch, number))
+        places: list[tuple[int, int, int]] = []
+        while start < stop:
+            epoch, first = divmod(start, len(self))
+            numbers = permutation(len(self), self.seed, epoch, self.name)[first : first + stop - start]
+            images = np.searchsorted(self._ends, numbers, side="right")
+            places += [(image, epoch, number) for image, number in zip(images.tolist(), numbers.tolist(), strict=True)]
+            start += len(numbers)
         return places
 
 
@@ -98,6 +104,14 @@ class Source:
     size: int
     """Images a step."""
 
+    def places(self, step: int) -> list[tuple[int, int, int]]:
+        """Its images of this step, as `ImageStream.places` gives them."""
+        return self.stream.places(step * self.size, (step + 1) * self.size)
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """The places of its images of this step in the list of images."""
+        return np.array([image for image, _, _ in self.places(step)], dtype=np.int64)
+
 
 class Targets(NamedTuple):
     """What the images of a step are to be."""
@@ -121,22 +135,24 @@ class Steps:
         size = self.labeled.views.config.size
         return self.labeled.size + (self.unlabeled.size if self.unlabeled else 0), size, size, 3
 
-    def fill(self, step: int, images: Bytes) -> Targets:
-        """Write the step's strong views into `images` [B + U, H, W, C], labeled first, and return its targets."""
+    def fill(self, step: int, images: Bytes, rows: Iterable[int] | None = None) -> None:
+        """Write the step's strong views into `images` [B + U, H, W, C], labeled first; all of them, or these `rows`."""
         if self._generators is None:
             # Made where it is used: it cannot travel to a worker.
             self._generators = ReusedGenerator()
-        place = 0
-        rows: list[list[int]] = []
-        for source in [self.labeled] if self.unlabeled is None else [self.labeled, self.unlabeled]:
+        sources = [self.labeled] if self.unlabeled is None else [self.labeled, self.unlabeled]
+        views = [(source, place) for source in sources for place in source.places(step)]
+        for row in range(len(views)) if rows is None else rows:
+            source, (index, epoch, number) = views[row]
             stream = source.stream
-            places = stream.places(step * source.size, (step + 1) * source.size)
-            for index, epoch, number in places:
-                images[place] = source.views.strong(index, self._generators(stream.seed, "noise", stream.name, epoch, number))
-                place += 1
-            rows.append([index for index, _, _ in places])
-        soft_UK = None if self.selected is None else self.selected.soft(np.array(rows[1], dtype=np.int64))
-        return Targets(self.labels[rows[0]], soft_UK)
+            images[row] = source.views.strong(index, self._generators(stream.seed, "noise", stream.name, epoch, number))
+
+    def targets(self, step: int) -> Targets:
+        """What the step's images are to be."""
+        labels_B = self.labels[self.labeled.indices(step)]
+        if self.unlabeled is None or self.selected is None:
+            return Targets(labels_B, None)
+        return Targets(labels_B, self.selected.soft(self.unlabeled.indices(step)))
 
 
 class Broken(NamedTuple):
@@ -147,10 +163,23 @@ class Broken(NamedTuple):
     message: str
 
 
-def work(steps: Steps, numbers: Sequence[int], slots: list[Any], line: Connection) -> None:
+def claimed_rows(tickets: Connection, num_rows: int) -> Iterator[int]:
+    """Rows of a step that nobody else makes, until no ticket is left: whoever is held up makes fewer."""
+    while True:
+        try:
+            ticket = os.read(tickets.fileno(), 1)
+        except BlockingIOError:
+            return
+        if not ticket:
+            return
+        yield from range(ticket[0], num_rows, len(TICKETS))
+
+
+def work(steps: Steps, numbers: Sequence[int], slots: list[Any], line: Connection, tickets: Connection | None) -> None:
     """A worker's life: for each step number, wait for the number of a free slot, fill it, send the targets.
 
-    Ends when the steps are done, after a broken file, or when the other end of the line is gone, however it went.
+    With `tickets` it makes what it can claim of a step that others make too, and sends None. Ends when the steps are done,
+    after a broken file, or when the other end of the line is gone, however it went.
     """
     # The training process answers signals, after a checkpoint; until then it needs its workers.
     import signal
@@ -162,7 +191,8 @@ def work(steps: Steps, numbers: Sequence[int], slots: list[Any], line: Connectio
         for step in numbers:
             images = views[line.recv()]
             try:
-                line.send(steps.fill(step, images))
+                steps.fill(step, images, None if tickets is None else claimed_rows(tickets, len(images)))
+                line.send(steps.targets(step) if tickets is None else None)
             except BadImage as error:
                 line.send(Broken(error.details["path"], error.status, str(error)))
                 return

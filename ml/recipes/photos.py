@@ -10,6 +10,7 @@ from ml.config import (
     NoiseConfig,
     OptimizerConfig,
     Recipe,
+    RuntimeConfig,
     ScheduleConfig,
     StudentConfig,
     TeacherConfig,
@@ -35,6 +36,8 @@ def digits() -> Recipe:
         students=(StudentConfig(network=network, noise=noise, training=student, ratio=3),),
         labeling=LabelingConfig(shard_size=512),
         iterations=IterationConfig(count=2, control=True),
+        # A step takes some 15 ms: a second thread would mostly wait for the first.
+        runtime=RuntimeConfig(num_threads=1),
     )
 
 
@@ -54,7 +57,7 @@ def small_32px() -> Recipe:
         image=ImageConfig(size=32, small_images=True, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), crop_ratio=1.0),
         teacher=TeacherConfig(network=network, noise=noise, training=teacher),
         students=(StudentConfig(network=network, noise=noise, training=student, ratio=3),),
-        labeling=LabelingConfig(batch_size=128),
+        labeling=LabelingConfig(batch_size=256),
         iterations=IterationConfig(count=2),
     )
 

@@ -30,12 +30,13 @@ def test_what_is_given_stays_as_it_is() -> None:
     assert resolve_runtime(given) == given
 
 
-def test_large_images_get_every_core_for_the_network() -> None:
+def test_the_network_gets_every_core_and_small_images_do_too() -> None:
     small = resolve_runtime(RuntimeConfig(device="cpu"), image_size=32)
     large = resolve_runtime(RuntimeConfig(device="cpu"), image_size=224)
 
-    assert small.num_threads == max(1, num_cores() // 2)
-    assert large.num_threads == num_cores()
+    assert small.num_threads == large.num_threads == num_cores()
+    assert small.num_loader_workers == min(12, num_cores() - 1)
+    assert large.num_loader_workers == min(1, num_cores() - 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
