@@ -122,7 +122,10 @@ class TrainingBatches:
         return len(self._range)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._running = self._from_all() if self._shared else self._ahead() if self._workers else self._from_here()
+        if not self._workers:
+            self._running = self._from_here()
+        else:
+            self._running = self._from_all() if self._shared else self._ahead()
         return self._running
 
     def _memory(self, num_bytes: int) -> Any:

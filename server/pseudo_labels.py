@@ -263,8 +263,11 @@ def read_label_counts(set_id: str, services: ServicesDep) -> Counts:
 def read_label_histogram(set_id: str, services: ServicesDep) -> ConfidenceHistogram:
     """Twenty bins from 0 to 1."""
     with services.database.reading() as session:
-        histogram = _report(session, set_id).get("histogram", {"edges": [], "counts": {}})
-    classes = [ClassHistogram(name=name, counts=counts) for name, counts in histogram["counts"].items()]
+        report = _report(session, set_id)
+    histogram = report.get("histogram", {"edges": [], "counts": {}})
+    # PostgreSQL keeps the keys of an object in an order of its own.
+    names = [row["name"] for row in report.get("classes", [])]
+    classes = [ClassHistogram(name=name, counts=histogram["counts"][name]) for name in names if name in histogram["counts"]]
     return ConfidenceHistogram(edges=histogram["edges"], classes=classes)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sqlalchemy as sa
-import sqlalchemy.exc
 from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version

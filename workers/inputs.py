@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from core.db.datasets import get_version
 from core.db.files import list_files
 from core.db.generations import get_generation
+from core.db.jobs import has_halved
 from core.db.pseudo_labels import get_set, list_shards
 from core.db.runs import get_run
 from core.db.session import Database
@@ -47,7 +48,7 @@ class Inputs:
             "attempt": job.attempt,
             "input": self.resolve(job),
             "directory": str(self.directory(job.id)),
-            "halve_micro_batch": (job.error or {}).get("class") == "resource",
+            "halve_micro_batch": has_halved(job.error),
             "capabilities": list(self._capabilities),
         }
 

@@ -36,3 +36,12 @@ def start_ticks(pid: int) -> int | None:
 def has_nvidia_gpu() -> bool:
     """Whether a driver shows a GPU; asked of the system, because asking torch costs seconds."""
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def count_oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory since boot, in any container; 0 where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -21,6 +21,7 @@ from core.errors import ServiceError, StorageError
 from core.logs import get_log
 from workers import outcomes
 from workers.child import Child
+from workers.processes import count_oom_kills
 from workers.progress import FLUSH_SECONDS, Reports
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class Watch:
     """Why it was asked to stop; None while nobody wants that."""
     stop_at: float = 0.0
     fenced: bool = False
+    oom_kills: int = field(default_factory=count_oom_kills)
+    """Counted at its start."""
+
+    def describe_death(self, how: str) -> dict[str, Any]:
+        """The error of an attempt whose process is gone: out of memory when the kernel says so, else lost."""
+        if "SIGKILL" in how and count_oom_kills() > self.oom_kills:
+            message = "the kernel killed the attempt's process because memory ran out; a smaller micro-batch may help"
+            return self.describe_loss("memory.exhausted", message) | {"class": "resource"}
+        return self.describe_loss("attempt.lost", f"the attempt's process {how}")
 
     def describe_loss(self, code: str, message: str) -> dict[str, Any]:
         """The error of an attempt that could not say itself what befell it, with the step where it was heard last."""
@@ -157,7 +167,7 @@ class Slot(threading.Thread):
                 how = watch.child.kill()
                 if watch.stop_reason is not None:
                     return self._interrupt(watch), False
-                return self._fail(watch.job, watch.describe_loss("attempt.lost", f"the attempt's process {how}"), watch), False
+                return self._fail(watch.job, watch.describe_death(how), watch), False
             ended = self._tend(watch)
             if watch.fenced or ended is not None:
                 watch.child.kill()

@@ -175,12 +175,20 @@ def step_of(progress: dict[str, Any] | None) -> int | None:
     return progress["done"] if progress is not None and progress.get("unit") == "steps" else None
 
 
+def has_halved(error: dict[str, Any] | None) -> bool:
+    """Whether an earlier attempt of a job with this `error` ran out of memory, so that the next one takes half the micro-batch."""
+    return error is not None and (error.get("class") == "resource" or bool(error.get("halved")))
+
+
 def _end_attempt(session: Session, job: Job, token: int, error: dict[str, Any], *, backoff_seconds: float) -> Job | None:
     job_id, before, lost = job.id, job.error or {}, job.lost_attempts + 1
     same = error.get("step") is not None and (before.get("code"), before.get("step")) == (error["code"], error["step"])
     again = error["class"] == "retryable" and not same and lost < job.max_attempts
     if error["class"] == "resource":
-        again = before.get("class") != "resource"
+        again = not has_halved(before)
+    elif has_halved(before):
+        # A worker that died meanwhile does not make memory larger.
+        error = {**error, "halved": True}
     if again and (canceled := _cancel_if_wished(session, job_id, token)) is not None:
         return canceled
     moment = now(session)
@@ -202,7 +210,9 @@ def _end_attempt(session: Session, job: Job, token: int, error: dict[str, Any], 
 def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) -> list[Job]:
     """Take jobs back whose lease ran out: queued again, failed after `max_attempts`, or canceled when that was wished."""
     moment = now(session)
-    query = sa.select(Job).where(Job.status == "running", Job.lease_until < moment).limit(limit)
+    query = sa.select(Job).where(Job.status == "running", Job.lease_until < moment).order_by(Job.id).limit(limit)
+    # Whoever holds a row now is writing it: a late heartbeat, or a cancellation, which this must not wait for in turn.
+    query = query.with_for_update(skip_locked=True)
     ended = []
     for job in session.scalars(query.execution_options(populate_existing=True)).all():
         message = f"worker {job.lease_holder} stopped answering; its lease ran out"

@@ -15,6 +15,7 @@ from core.db.jobs import NewJob, enqueue
 from core.db.pseudo_labels import create_set
 from core.db.session import now
 from core.db.tables import DatasetVersion, Iteration, Job, Run
+from core.db.workers import offered_capabilities
 from core.errors import NotFound, WrongState
 from core.ids import new_id
 
@@ -60,10 +61,15 @@ def create_run(
     return run, enqueue_training(session, run, iteration, role="teacher")
 
 
-def run_capability(run: Run) -> str:
-    """The queue of the run's heavy jobs: what its recorded runtime used, else what its recipe asks for."""
+def run_capability(session: Session, run: Run) -> str:
+    """The queue of the run's heavy jobs: what its recorded runtime used, else what its recipe asks for.
+
+    A recipe that leaves the device open takes CUDA when a worker offers it now.
+    """
     device = (run.runtime or run.recipe["runtime"])["device"]
-    return "cuda" if device == "cuda" else "cpu"
+    if device == "auto":
+        return "cuda" if "cuda" in offered_capabilities(session) else "cpu"
+    return str(device)
 
 
 def enqueue_training(session: Session, run: Run, iteration: Iteration, *, role: str) -> Job:
@@ -78,7 +84,7 @@ def enqueue_training(session: Session, run: Run, iteration: Iteration, *, role: 
     wanted = NewJob(
         kind="train",
         input=job_input,
-        capability=run_capability(run),
+        capability=run_capability(session, run),
         run_id=run.id,
         iteration=iteration.number,
         step=f"train-{role}",
@@ -113,7 +119,7 @@ def start_iteration(
         labeling=recipe["labeling"],
         selection=recipe["selection"],
         seed=recipe["seed"],
-        capability=run_capability(run),
+        capability=run_capability(session, run),
         runtime=run.runtime or recipe["runtime"],
         evaluation_version_ids=evaluation,
         run_id=run.id,

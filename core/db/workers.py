@@ -49,6 +49,13 @@ def list_workers(session: Session) -> list[Worker]:
     return list(session.scalars(sa.select(Worker).order_by(Worker.id.desc()).limit(1000)))
 
 
+def offered_capabilities(session: Session, *, seen_within_seconds: float = 60.0) -> set[str]:
+    """What the workers that are there now can do."""
+    oldest = now(session) - timedelta(seconds=seen_within_seconds)
+    query = sa.select(Worker.capabilities).where(Worker.stopped_at.is_(None), Worker.seen_at >= oldest)
+    return {name for names in session.scalars(query) for name in names}
+
+
 def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) -> bool:
     """Take or keep the lease that only one process may have; False while another has it."""
     moment = now(session)

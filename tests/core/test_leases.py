@@ -128,6 +128,20 @@ def test_running_out_of_memory_is_tried_once_more(database: Database) -> None:
     assert (first.status, second.status) == ("queued", "failed")
 
 
+def test_half_the_micro_batch_stays_when_a_worker_dies_after_running_out_of_memory(database: Database) -> None:
+    exhausted = fail(database, start(database), **{"class": "resource", "code": "memory.exhausted"})
+    second = claim(database)
+    assert second is not None
+    lost = fail(database, second)
+    third = claim(database)
+    assert third is not None
+
+    last = fail(database, third, **{"class": "resource", "code": "memory.exhausted"})
+
+    assert [jobs.has_halved(job.error) for job in (exhausted, lost)] == [True, True]
+    assert (lost.status, last.status) == ("queued", "failed")
+
+
 def test_the_same_failure_at_the_same_step_twice_ends_the_retries(database: Database) -> None:
     fail(database, start(database, max_attempts=10), step=7)
     again = claim(database)

@@ -123,7 +123,8 @@ def check_promotions(service: Service, folders: dict[str, Path], first: str, sec
     assert predicted_by()[0] == first
 
 
-def whole_loop(service: Service, folders: dict[str, Path], *, between: Callable[[str], None] = lambda _run_id: None) -> None:
+def whole_loop(service: Service, folders: dict[str, Path], *, between: Callable[[str], None] = lambda _run_id: None) -> dict[str, Any]:
+    """The main job; what came of it, down to the bits of the weights."""
     run = start_run(service, folders, iterations="manual")
     wait_for_iteration(service, run["id"], 0)
 
@@ -139,18 +140,35 @@ def whole_loop(service: Service, folders: dict[str, Path], *, between: Callable[
     check_promotions(service, folders, first["generation_id"], second["generation_id"])
     assert second["plan"]["student"]["ratio"] == 2
     service.verify()
+    return {
+        number: {
+            "generation": service.get(f"/api/v1/generations/{iteration['generation_id']}")["digest"],
+            "counts": service.get(f"/api/v1/pseudo-label-sets/{iteration['pseudo_label_set_id']}/counts"),
+            "histogram": service.get(f"/api/v1/pseudo-label-sets/{iteration['pseudo_label_set_id']}/histogram"),
+        }
+        for number, iteration in ((1, first), (2, second))
+    }
 
 
-def test_the_whole_loop_runs_embedded(tmp_path: Path):
-    folders = write_folders(tmp_path / "images")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The whole loop, embedded, with nothing killed; ended by Ctrl-C."""
+    directory = tmp_path_factory.mktemp("embedded")
+    folders = write_folders(directory / "images")
+    with embedded(directory, roots=directory / "images") as service:
+        outcome = whole_loop(service, folders)
+        exit_code = service.processes.terminate("up")
+    return {"outcome": outcome, "exit_code": exit_code}
 
-    with embedded(tmp_path, roots=tmp_path / "images") as service:
-        whole_loop(service, folders)
 
-        assert service.processes.terminate("up") == 0
+def test_the_whole_loop_runs_embedded(undisturbed: dict[str, Any]):
+    assert undisturbed["exit_code"] == 0
+    assert undisturbed["outcome"][1]["generation"] != undisturbed["outcome"][2]["generation"]
 
 
-def test_the_whole_loop_runs_on_a_fleet_that_loses_a_worker_and_its_broker_memory(tmp_path: Path, postgresql_url: str, redis_url: str):
+def test_a_fleet_that_loses_a_worker_and_its_broker_memory_ends_with_the_bits_of_an_undisturbed_run(
+    tmp_path: Path, postgresql_url: str, redis_url: str, undisturbed: dict[str, Any]
+):
     folders = write_folders(tmp_path / "images")
 
     with fleet(
@@ -174,8 +192,9 @@ def test_the_whole_loop_runs_on_a_fleet_that_loses_a_worker_and_its_broker_memor
                 broker.flushall()
             start_celery_worker(service.processes, f"{victim}-again")
 
-        whole_loop(service, folders, between=lose_a_worker)
+        outcome = whole_loop(service, folders, between=lose_a_worker)
 
+        assert outcome == undisturbed["outcome"]
         logs = "".join(path.read_text(errors="replace") for path in tmp_path.glob("worker-*.log"))
         woken = re.findall(r"task\.woke_job", logs)
         assert woken, "no log line says which Celery task woke which job"

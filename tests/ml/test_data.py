@@ -34,6 +34,12 @@ PLAIN = NoiseConfig(randaugment_operations=0, crop_and_flip=False)
 NAMES = ("cat", "dog")
 
 
+TOGETHER = RuntimeConfig(device="cpu", num_loader_workers=2)
+"""Every step is made by all."""
+AHEAD = RuntimeConfig(device="cpu", num_loader_workers=2, cache_bytes=0)
+"""Whole steps are made in turn: nothing is cached."""
+
+
 def build_selected(path: Path, keys: list[str], repeats: list[int]) -> SelectedLabels:
     probs = np.random.default_rng(0).dirichlet([1, 1], len(keys)).astype(np.float32)
     write_shard(
@@ -159,12 +165,15 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
     assert same(collect(build_batches(tmp_path / "d")), collect(build_batches(tmp_path / "d", runtime=runtime)))
 
 
-def test_the_bits_do_not_depend_on_the_workers_nor_on_torchs_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", [TOGETHER, AHEAD])
+def test_the_bits_do_not_depend_on_the_workers_nor_on_torchs_generator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeConfig
+) -> None:
     alone = collect(build_batches(tmp_path / "d"))
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
     before = torch.random.get_rng_state()
 
-    crowd = collect(build_batches(tmp_path / "d", runtime=RuntimeConfig(num_loader_workers=2)))
+    crowd = collect(build_batches(tmp_path / "d", runtime=runtime))
 
     assert same(alone, crowd)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -180,7 +189,7 @@ def test_a_vanished_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert caught.value.status == "missing"
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
     (tmp_path / "d" / "pool" / "10003.png").write_bytes(b"")
-    batches = build_batches(tmp_path / "d", pool=False, runtime=RuntimeConfig(num_loader_workers=1))
+    batches = build_batches(tmp_path / "d", pool=False, runtime=RuntimeConfig(device="cpu", num_loader_workers=1))
     (tmp_path / "d" / "labeled" / "dog" / "00006.png").write_bytes(b"")
     with pytest.raises(BadImage, match=r"dog/00006\.png") as caught:
         collect(batches)
@@ -205,9 +214,12 @@ def test_workers_are_started_when_they_are_worth_it_and_memory_allows(monkeypatc
     assert ml.data._count_workers(runtime, num_steps=100, seconds=100, cache_bytes=10**18, batch_bytes=0) == 0
 
 
-def test_a_killed_worker_is_noticed_and_leaving_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", [TOGETHER, AHEAD])
+def test_a_killed_worker_is_noticed_and_leaving_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeConfig
+) -> None:
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
-    batches = build_batches(tmp_path / "d", stop_step=1000, runtime=RuntimeConfig(num_loader_workers=2))
+    batches = build_batches(tmp_path / "d", stop_step=1000, runtime=runtime)
 
     with batches, pytest.raises(RuntimeError, match="worker died with exit code -9"):
         collect_after_killing_a_worker(batches)
@@ -225,7 +237,7 @@ from tests.ml.test_data import build_batches
 
 if __name__ == "__main__":
     ml.data._WORTH_A_WORKER_SECONDS = 0
-    next(iter(build_batches(Path({str(tmp_path / "d")!r}), stop_step=100000, runtime=RuntimeConfig(num_loader_workers=1))))
+    next(iter(build_batches(Path({str(tmp_path / "d")!r}), stop_step=100000, runtime=RuntimeConfig(device="cpu", num_loader_workers=1))))
     print(multiprocessing.active_children()[0].pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """

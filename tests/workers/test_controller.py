@@ -15,6 +15,7 @@ from core.db.pseudo_labels import create_set, get_set
 from core.db.runs import create_run, get_run, list_iterations, move_run
 from core.db.session import Database
 from core.db.tables import DatasetVersion, Job, Run
+from core.db.workers import WorkerDescription, register_worker, see_worker
 from ml.recipes import build_recipe
 from ml.validation import to_dict
 from workers.controller import Facts, advance_all, advance_run, decide, decide_set
@@ -98,6 +99,21 @@ def read_run(database: Database, run_id: str) -> Run:
 
 
 ITERATION = ["label", "label", "label", "select", "train-student"]
+
+
+def test_a_run_that_leaves_the_device_open_goes_where_cuda_is_offered(database: Database):
+    with database.transaction() as session:
+        description = WorkerDescription(name="gpu", host="h", boot_id="b", pid=1, capabilities=("cuda",), slots=1, version="0")
+        worker_id = register_worker(session, description).id
+    auto = add_run(database, recipe={"runtime": {"device": "auto"}}, of="-auto")
+    fixed = add_run(database, recipe={"runtime": {"device": "cpu"}}, of="-fixed")
+    with database.transaction() as session:
+        see_worker(session, worker_id, stopped=True)
+    without = add_run(database, of="-without")
+
+    with database.reading() as session:
+        found = {run_id: session.scalar(sa.select(Job.capability).where(Job.run_id == run_id)) for run_id in (auto, fixed, without)}
+    assert found == {auto: "cuda", fixed: "cpu", without: "cpu"}
 
 
 def test_a_run_goes_through_every_step_of_every_iteration_and_completes(database: Database) -> None:

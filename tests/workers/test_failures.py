@@ -9,10 +9,13 @@ import math
 
 import pytest
 
+import workers.slots
+from core.db.tables import Job
 from core.lifecycle import ERROR_CLASSES
 from ml import errors
 from workers.attempt import FAILURES, Speaker, describe_failure
 from workers.progress import MOST_WAITING, Reports
+from workers.slots import Watch
 
 
 def every_error(cls: type[errors.MlError] = errors.MlError) -> list[type[errors.MlError]]:
@@ -78,6 +81,20 @@ def test_an_attempt_that_is_lost_names_the_step_where_it_was_heard_last() -> Non
     reports.take({"type": "event", "kind": "progress", "data": {"done": 64, "total": 640, "unit": "images"}})
 
     assert reports.step is None
+
+
+def test_a_process_that_the_kernel_killed_for_memory_ran_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = 3
+    monkeypatch.setattr(workers.slots, "count_oom_kills", lambda: kills)
+    # The default factory holds the function itself.
+    watch = Watch(job=Job(), child=None, oom_kills=kills)  # type: ignore[arg-type]
+    assert watch.describe_death("was killed by SIGKILL")["code"] == "attempt.lost"
+
+    kills += 1
+
+    assert watch.describe_death("ended with status 1")["code"] == "attempt.lost"
+    died = watch.describe_death("was killed by SIGKILL")
+    assert (died["class"], died["code"]) == ("resource", "memory.exhausted")
 
 
 def test_a_database_that_is_away_for_long_costs_points_but_no_memory() -> None:
