@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,12 @@ def next_iteration(
 
 
 def _gain_too_small(history: Sequence[GenerationRecord], recipe: Recipe) -> Stop | None:
-    """The stop rule looks at validation only; generation 0 has nothing to gain on."""
+    """The stop rule looks at validation only; generation 0 has nothing to gain on, nor has who follows one that was not measured there."""
     least = recipe.iterations.min_validation_gain
     if least is None or len(history) < 2:
         return None
     gain = history[-1].validation_top1 - history[-2].validation_top1
-    if gain >= least:
+    if gain >= least or math.isnan(gain):
         return None
     return Stop(
         code="validation.gain",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from core import lifecycle
 from core.db.datasets import get_ready_version, get_version
-from core.db.runs import get_run, last_iteration, list_iterations, move_run, start_iteration
-from core.db.tables import DatasetVersion, Generation, Run
+from core.db.runs import get_run, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
+from core.db.tables import DatasetVersion, Run
 from core.errors import InvalidRequest, NotFound, WrongState
 from ml.config import NoiseConfig, Recipe, StudentConfig
 from ml.errors import RecipeError
@@ -135,7 +134,7 @@ def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetV
 
 
 def _plan(session: Session, run: Run, body: IterationRequest) -> IterationPlan:
-    history = _history(session, run.id)
+    history = _history(session, run)
     if not history:
         raise WrongState(f"run {run.id} has no generation that could label; its first training ended without one")
     overrides = dict(body.student or {})
@@ -152,15 +151,12 @@ def _plan(session: Session, run: Run, body: IterationRequest) -> IterationPlan:
     return plan
 
 
-def _history(session: Session, run_id: str) -> list[GenerationRecord]:
-    """The run's generations in order. One that was imported without validation figures compares with nothing: NaN."""
-    records = []
-    for iteration in list_iterations(session, run_id):
-        generation = None if iteration.generation_id is None else session.get(Generation, iteration.generation_id)
-        if generation is not None:
-            top1 = (generation.metrics.get("validation") or {}).get("top1", math.nan)
-            records.append(GenerationRecord(id=generation.id, validation_top1=top1, num_parameters=generation.num_parameters))
-    return records
+def _history(session: Session, run: Run) -> list[GenerationRecord]:
+    """The run's generations in order."""
+    return [
+        GenerationRecord(id=generation.id, validation_top1=top1, num_parameters=generation.num_parameters)
+        for generation, top1 in list_measured_generations(session, run)
+    ]
 
 
 def _check_fits(session: Session, run: Run, plan: IterationPlan, pool: DatasetVersion, roots: tuple[Path, ...]) -> None:

@@ -6,7 +6,6 @@ A row lock on the run (or set) and the unique (run, iteration, step, part) make 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
 from core.db.pseudo_labels import enqueue_selection
-from core.db.runs import enqueue_training, last_iteration, list_iterations, move_run, start_iteration
+from core.db.runs import enqueue_training, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
 from core.db.session import Database, now
-from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run
+from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
 from core.errors import ServiceError
 from core.logs import get_log
 from ml.config import Recipe
@@ -214,7 +213,7 @@ def _next(session: Session, run: Run, iteration: Iteration) -> None:
         return
     recipe = build(Recipe, run.recipe)
     iterations = list_iterations(session, run.id)
-    decision = next_iteration(_history(session, iterations), recipe, wanted=run.iterations_wanted)
+    decision = next_iteration(_history(session, run), recipe, wanted=run.iterations_wanted)
     if isinstance(decision, Stop):
         move_run(session, run.id, "completed", stop_reason=decision.code)
         return
@@ -228,16 +227,12 @@ def _next(session: Session, run: Run, iteration: Iteration) -> None:
     )
 
 
-def _history(session: Session, iterations: list[Iteration]) -> list[GenerationRecord]:
-    """Generation k at index k. One that was imported without validation figures compares with nothing: NaN."""
-    records = []
-    for iteration in iterations:
-        if iteration.phase != "done":
-            continue
-        generation = session.get_one(Generation, iteration.generation_id)
-        top1 = (generation.metrics.get("validation") or {}).get("top1", math.nan)
-        records.append(GenerationRecord(id=generation.id, validation_top1=top1, num_parameters=generation.num_parameters))
-    return records
+def _history(session: Session, run: Run) -> list[GenerationRecord]:
+    """Generation k at index k."""
+    return [
+        GenerationRecord(id=generation.id, validation_top1=top1, num_parameters=generation.num_parameters)
+        for generation, top1 in list_measured_generations(session, run)
+    ]
 
 
 def _set_to_keep(run: Run, iterations: list[Iteration]) -> str | None:

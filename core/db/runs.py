@@ -5,6 +5,7 @@ A recipe is JSON here; whoever calls has validated it through ml.config.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from core import lifecycle
 from core.db.jobs import NewJob, enqueue
 from core.db.pseudo_labels import create_set
 from core.db.session import now
-from core.db.tables import DatasetVersion, Iteration, Job, Run
+from core.db.tables import DatasetVersion, Generation, Iteration, Job, Run
 from core.db.workers import offered_capabilities
 from core.errors import NotFound, WrongState
 from core.ids import new_id
@@ -186,3 +187,30 @@ def list_open_jobs(session: Session, run_id: str, *, locked: bool = False) -> li
     if locked:
         query = query.with_for_update().execution_options(populate_existing=True)
     return list(session.scalars(query))
+
+
+def list_measured_generations(session: Session, run: Run) -> list[tuple[Generation, float]]:
+    """Generation k at index k, with its top-1 on the run's validation images.
+
+    NaN, which compares with nothing, for one that was imported or that another run measured on other images.
+    """
+    found = []
+    for iteration in list_iterations(session, run.id):
+        generation = None if iteration.generation_id is None else session.get(Generation, iteration.generation_id)
+        if generation is None:
+            continue
+        origin = None if generation.run_id is None else session.get(Run, generation.run_id)
+        measured = generation.metrics.get("validation") if origin is not None and _validates_alike(origin, run) else None
+        found.append((generation, float((measured or {}).get("top1", math.nan))))
+    return found
+
+
+def _validates_alike(one: Run, other: Run) -> bool:
+    """Whether both runs measure on the same validation images: given ones, or cut alike from the same labeled ones."""
+    if one.validation_version_id is not None or other.validation_version_id is not None:
+        return one.validation_version_id == other.validation_version_id
+
+    def cut(run: Run) -> tuple[object, ...]:
+        return run.labeled_version_id, run.recipe["validation_ratio"], run.recipe["seed"]
+
+    return cut(one) == cut(other)

@@ -14,7 +14,7 @@ from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.pseudo_labels import create_set, get_set
 from core.db.runs import create_run, get_run, list_iterations, move_run
 from core.db.session import Database
-from core.db.tables import DatasetVersion, Job, Run
+from core.db.tables import Dataset, DatasetVersion, Job, Run
 from core.db.workers import WorkerDescription, register_worker, see_worker
 from ml.recipes import build_recipe
 from ml.validation import to_dict
@@ -31,10 +31,14 @@ def add_dataset(session: Session, name: str, kind: str) -> DatasetVersion:
     return version
 
 
+def find_dataset(session: Session, name: str) -> DatasetVersion:
+    return session.scalars(sa.select(DatasetVersion).join(Dataset).where(Dataset.name == name)).one()
+
+
 def add_run(
-    database: Database, *, iterations: int = 1, recipe: dict[str, Any] | None = None, initial: str | None = None, of: str = ""
+    database: Database, *, iterations: int = 1, recipe: dict[str, Any] | None = None, initial: str | None = None, of: str | None = ""
 ) -> str:
-    """A run with three label shards an iteration."""
+    """A run with three label shards an iteration, on datasets of its own; of None: on those of the first run."""
     overrides = {"labeling": {"shard_size": 16}, "iterations": {"control": False}} | (recipe or {})
     with database.transaction() as session:
         run, _ = create_run(
@@ -42,8 +46,8 @@ def add_run(
             name="run",
             recipe=to_dict(build_recipe("digits", overrides)),
             iterations=iterations,
-            labeled=add_dataset(session, f"labeled{of}", "labeled"),
-            unlabeled=add_dataset(session, f"unlabeled{of}", "unlabeled"),
+            labeled=find_dataset(session, "labeled") if of is None else add_dataset(session, f"labeled{of}", "labeled"),
+            unlabeled=find_dataset(session, "unlabeled") if of is None else add_dataset(session, f"unlabeled{of}", "unlabeled"),
             validation=None,
             test=None,
             initial_generation_id=initial,
@@ -114,6 +118,25 @@ def test_a_run_that_leaves_the_device_open_goes_where_cuda_is_offered(database: 
     with database.reading() as session:
         found = {run_id: session.scalar(sa.select(Job.capability).where(Job.run_id == run_id)) for run_id in (auto, fixed, without)}
     assert found == {auto: "cuda", fixed: "cpu", without: "cpu"}
+
+
+@pytest.mark.parametrize(("of", "status", "num_iterations"), [("", "stopped early", 1), ("-other", "completed", 2)])
+def test_the_stop_rule_compares_only_figures_on_the_same_validation_images(
+    database: Database, of: str, status: str, num_iterations: int
+) -> None:
+    iterations = {"control": False, "min_validation_gain": 0.0}
+    first = add_run(database, iterations=0, recipe={"iterations": iterations})
+    play(database, top1=[0.9])
+    with database.reading() as session:
+        generation_id = list_iterations(session, first)[0].generation_id
+    second = add_run(database, iterations=2, recipe={"iterations": iterations}, initial=generation_id, of=of or None)
+
+    play(database, top1=[0.5, 0.6])
+
+    with database.reading() as session:
+        run = get_run(session, second)
+        assert len(list_iterations(session, second)) == 1 + num_iterations
+        assert run.stop_reason == ("validation.gain" if status == "stopped early" else "iterations.done")
 
 
 def test_a_run_goes_through_every_step_of_every_iteration_and_completes(database: Database) -> None:
