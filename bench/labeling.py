@@ -59,7 +59,7 @@ def measure() -> Measurement:
 
 def _measure(setting: _Setting, folder: Path, found: Measurement) -> dict[str, float | str]:
     recipe = get_recipe(setting.preset)
-    runtime = resolve_runtime(RuntimeConfig(device="cpu"), image_size=recipe.image.size)
+    runtime = resolve_runtime(RuntimeConfig(device="cpu"))
     device = apply_runtime(runtime)
     generation = export(setting.preset, folder / "generation")
     network = models.load_generation(generation, device).network

@@ -59,7 +59,7 @@ class _Stage:
         self.recipe = get_recipe(setting.preset)
         self.config = self.recipe.teacher
         self.manifest = Manifest.read(manifest_of(setting.pool, kind="labeled"))
-        self.runtime = resolve_runtime(RuntimeConfig(device="cpu"), image_size=self.recipe.image.size)
+        self.runtime = resolve_runtime(RuntimeConfig(device="cpu"))
         self.preprocessing = Preprocessing.from_config(self.recipe.image)
         plan = plan_training(self.config.training, num_labeled=len(self.manifest), ratio=0, role="teacher")
         self.plan = replace(plan, steps=STEPS)

@@ -8,4 +8,5 @@ import os
 
 # GNU OpenMP reads this when torch is imported. Threads that have no more of a training step to do wait for the next one by
 # spinning; its default of some 5 ms takes a core from the loader after every step, this one a third of that.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")

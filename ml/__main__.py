@@ -169,7 +169,7 @@ def _train(options: argparse.Namespace, reporter: _Reporter, should_stop: Any) -
         role="teacher",
         iteration=0,
         recipe=recipe,
-        runtime=resolve_runtime(recipe.runtime, image_size=recipe.image.size),
+        runtime=resolve_runtime(recipe.runtime),
         labeled=str(manifests["labeled"]),
         validation=manifests["validation"],
         test=manifests["test"],

@@ -291,7 +291,7 @@ class RuntimeConfig(Checked):
     __pydantic_config__: ClassVar[dict[str, Any]] = PYDANTIC_CONFIG
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is one."""
+    """`auto` takes CUDA where there is one; in the service, where a worker offers it when the job is made."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the training forward pass; `auto` takes bf16 where the processor has instructions for it. Evaluation is fp32."""
     num_threads: Annotated[int, Interval(ge=0, le=1024)] = 0

@@ -2,8 +2,8 @@
 
 Only bytes cross a process border; the device normalizes. What a step holds is `ml.views`' matter, and a function of its
 number, so a resumed training, or one with another number of workers, sees the same bits. Workers make steps ahead, each
-whole ones in turn. Small images on a CPU are made otherwise: by every core at once between two steps, because a network
-whose operations take microseconds waits at each of them for the core that a worker is using.
+whole ones in turn. Cached small images, where the network has every core, are made otherwise: by all cores at once between two
+steps, because a network whose operations take microseconds waits at each of them for the core that a worker is using.
 
 B labeled images of a step, U pseudo-labeled images of a step, K classes, C H W.
 """
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
-from ml.errors import BadImage, DataError
+from ml.devices import num_cores
+from ml.errors import BadImage, DataError, LoaderLost
 from ml.manifest import Manifest
 from ml.selection import SelectedLabels
 from ml.views import TICKETS, Broken, ImageStream, Source, Steps, StrongViews, Targets, claimed_rows, work
@@ -38,6 +39,7 @@ _SECONDS_A_PIXEL = 2.5e-8
 _SECONDS_AN_IMAGE = 8e-5
 _SLOTS = 3
 """Steps that a worker may be ahead."""
+_MOST_HELPERS = 12
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only asked how full it is
 # A process forked after torch has run in parallel hangs in its first parallel operation.
 _SPAWN = get_context("spawn")
@@ -86,15 +88,16 @@ class TrainingBatches:
         cached = image.small_images and cache_bytes <= runtime.cache_bytes
         batch = batch_labeled + batch_unlabeled
         self._range = range(start_step, stop_step)
+        self._shared = cached and _takes_every_core(runtime)
         self._workers = _count_workers(
             runtime,
+            shared=self._shared,
             num_steps=len(self._range),
             seconds=len(self._range) * batch * (_SECONDS_AN_IMAGE + _SECONDS_A_PIXEL * image.size**2),
             cache_bytes=cache_bytes if cached else 0,
             batch_bytes=batch * image_bytes,
         )
         self._pinned = runtime.device == "cuda"
-        self._shared = cached and runtime.device == "cpu"
 
         def source(name: str, images: Manifest, repeats: Any, size: int) -> Source:
             views = StrongViews(images.paths(), image, noise)
@@ -143,8 +146,9 @@ class TrainingBatches:
         images = np.frombuffer(memory, np.uint8).reshape(self._steps.shape())
         tickets, till = _SPAWN.Pipe(duplex=False)
         os.set_blocking(tickets.fileno(), False)
-        workers = [_Worker(self._steps, self._range, [memory], tickets) for _ in range(self._workers)]
+        workers: list[_Worker] = []
         try:
+            workers.extend(_Worker(self._steps, self._range, [memory], tickets) for _ in range(self._workers))
             for step in self._range:
                 os.write(till.fileno(), TICKETS)
                 for worker in workers:
@@ -163,14 +167,13 @@ class TrainingBatches:
     def _ahead(self) -> Generator[Batch]:
         """Whole steps from the workers in turn, a few of them made before they are asked for."""
         num_bytes = int(np.prod(self._steps.shape()))
-        workers = []
-        for place in range(self._workers):
-            numbers = self._range[place :: self._workers]
-            slots = [_SPAWN.RawArray("B", num_bytes) for _ in range(min(_SLOTS, len(numbers)))]
-            workers.append(_Worker(self._steps, numbers, slots))
+        workers: list[_Worker] = []
         try:
-            for worker in workers:
-                worker.free_all()
+            for place in range(self._workers):
+                numbers = self._range[place :: self._workers]
+                slots = [_SPAWN.RawArray("B", num_bytes) for _ in range(min(_SLOTS, len(numbers)))]
+                workers.append(_Worker(self._steps, numbers, slots))
+                workers[-1].free_all()
             for turn in range(len(self._range)):
                 worker = workers[turn % len(workers)]
                 slot, targets = worker.receive()
@@ -213,7 +216,7 @@ class _Worker:
             message = self._line.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join(5)
-            raise RuntimeError(f"a loader worker died with exit code {self._process.exitcode}") from error
+            raise LoaderLost(f"a loader worker died with exit code {self._process.exitcode}") from error
         if isinstance(message, Broken):
             raise BadImage(message.message, status=message.status, path=message.path)
         slot, self._turn = self._turn % len(self._slots), self._turn + 1
@@ -242,12 +245,23 @@ class _Worker:
         self._process.join()
 
 
-def _count_workers(runtime: RuntimeConfig, *, num_steps: int, seconds: float, cache_bytes: int, batch_bytes: int) -> int:
-    """How many workers to start: those asked for, or none when their start would cost more than it saves."""
+def _takes_every_core(runtime: RuntimeConfig) -> bool:
+    """Whether a loader worker would have to share a core with the network."""
+    workers = runtime.num_loader_workers
+    return runtime.device == "cpu" and workers != "auto" and runtime.num_threads + workers > num_cores()
+
+
+def _count_workers(runtime: RuntimeConfig, *, shared: bool, num_steps: int, seconds: float, cache_bytes: int, batch_bytes: int) -> int:
+    """How many workers to start: those asked for, or none when their start would cost more than it saves.
+
+    Steps that this process makes too have as many makers as the network has threads, which rest meanwhile.
+    """
     asked = 0 if runtime.num_loader_workers == "auto" else runtime.num_loader_workers
+    if shared and asked:
+        asked = min(runtime.num_threads - 1, _MOST_HELPERS)
     asked = min(asked, num_steps)
     # Containers often have 64 MB of shared memory, and writing beyond it kills the process.
-    needed = cache_bytes + asked * _SLOTS * batch_bytes
+    needed = cache_bytes + (1 if shared else asked * _SLOTS) * batch_bytes
     crowded = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < 1.25 * needed
     return 0 if crowded or seconds < _WORTH_A_WORKER_SECONDS else asked
 

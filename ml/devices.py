@@ -24,8 +24,6 @@ from ml.errors import OutOfMemory, RecipeError
 
 # Where Linux lists them: x86 with AVX-512 BF16 or AMX, and Arm's BF16 extension.
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-_LARGE_IMAGE = 96
-"""From this side on the network costs so much more on a CPU than the loader that one worker keeps up."""
 _MOST_WORKERS = 12
 
 # malloc.h
@@ -38,11 +36,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_runtime(runtime: RuntimeConfig, *, image_size: int | None = None) -> RuntimeConfig:
+def resolve_runtime(runtime: RuntimeConfig) -> RuntimeConfig:
     """The same runtime without `auto` and without 0 threads; RecipeError when CUDA is asked for and absent.
 
-    The network gets every core. With large images (`image_size`, the side in pixels) one loader worker suffices on a CPU,
-    a small share of whose time it takes; small images are made by all cores at once between two steps.
+    On a CPU the network gets every core: one loader worker takes a small share of their time with large images, and small ones
+    are made between the steps (`ml.data`).
     """
     device = runtime.device
     if device == "auto":
@@ -55,8 +53,7 @@ def resolve_runtime(runtime: RuntimeConfig, *, image_size: int | None = None) ->
     cores = num_cores()
     workers = runtime.num_loader_workers
     if workers == "auto":
-        is_one_enough = device == "cpu" and image_size is not None and image_size >= _LARGE_IMAGE
-        workers = min(cores - 1, 1 if is_one_enough else _MOST_WORKERS)
+        workers = min(cores - 1, 1 if device == "cpu" else _MOST_WORKERS)
     return replace(runtime, device=device, precision=precision, num_threads=runtime.num_threads or cores, num_loader_workers=workers)
 
 
@@ -92,14 +89,15 @@ def _keep_freed_memory() -> None:
     """Let the C library keep what tensors of one step leave for those of the next, where it is glibc.
 
     It gives large blocks back to the system at once and asks for them again in the next step, page by page: on two cores
-    that was a tenth of a small network's training. The most that is held at a time stays the same.
+    that was a tenth of a small network's training, and in that trial the most that was held stayed the same.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return
-    set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
-    set_option(_M_TRIM_THRESHOLD, _LARGEST_KEPT_BYTES)
+    # Before glibc 2.35 the first threshold may not be more than 32 MB; the second alone would make matters worse.
+    if set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) or set_option(_M_MMAP_THRESHOLD, 2**25):
+        set_option(_M_TRIM_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 
 def autocast(runtime: RuntimeConfig) -> AbstractContextManager[Any]:

@@ -105,5 +105,9 @@ class DiskFull(MlError):
     """Storage is full; the temporary file was removed and the last complete one is untouched."""
 
 
+class LoaderLost(MlError):
+    """A process that made images was killed from outside; the training goes on from its checkpoint when it is started again."""
+
+
 class Interrupted(MlError):
     """`should_stop()` returned True; what was done so far is in the last checkpoint."""

@@ -145,7 +145,7 @@ class LocalRun:
             if path.exists():
                 self._runtime = from_json(RuntimeConfig, path.read_text(encoding="utf-8"))
             else:
-                self._runtime = resolve_runtime(self.recipe.runtime, image_size=self.recipe.image.size)
+                self._runtime = resolve_runtime(self.recipe.runtime)
                 write_bytes(path, f"{to_json(self._runtime)}\n".encode())
         return self._runtime
 

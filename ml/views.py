@@ -71,6 +71,8 @@ class StrongViews:
     noise: NoiseConfig
     cache: Any = None
     filled: Any = None
+    _made: list[int] = field(default_factory=list)
+    """Squares in the cache that nobody has been told of yet."""
 
     def strong(self, index: int, generator: np.random.Generator) -> Bytes:
         """HWC; BadImage, naming the file, when it has vanished or changed."""
@@ -82,8 +84,14 @@ class StrongViews:
         squares = np.frombuffer(self.cache, np.uint8).reshape(-1, self.config.size, self.config.size, 3)
         if not filled[index]:
             squares[index] = self._square(index)
-            filled[index] = 1
+            self._made.append(index)
         return strong_view_of_small(squares[index], self.config, self.noise, generator)
+
+    def tell_of_made(self) -> None:
+        """Let others use the squares of the step before: a message has passed since, so they see the pixels, not only the sign."""
+        if self._made:
+            np.frombuffer(self.filled, np.uint8)[self._made] = 1
+            self._made.clear()
 
     def _square(self, index: int) -> Bytes:
         return np.asarray(weak_image(self._read(index), training_preprocessing(self.config)))
@@ -141,6 +149,8 @@ class Steps:
             # Made where it is used: it cannot travel to a worker.
             self._generators = ReusedGenerator()
         sources = [self.labeled] if self.unlabeled is None else [self.labeled, self.unlabeled]
+        for source in sources:
+            source.views.tell_of_made()
         views = [(source, place) for source in sources for place in source.places(step)]
         for row in range(len(views)) if rows is None else rows:
             source, (index, epoch, number) = views[row]

@@ -57,6 +57,7 @@ FAILURES: dict[type[BaseException], tuple[str, str]] = {
     errors.OutOfMemory: ("resource", "memory.exhausted"),
     MemoryError: ("resource", "memory.exhausted"),
     errors.DiskFull: ("retryable", "storage.full"),
+    errors.LoaderLost: ("retryable", "loader.lost"),
     errors.MlError: ("permanent", "ml.refused"),
 }
 """Class and code of what ml raises; the first that fits counts, so the special stand before the general."""

@@ -50,12 +50,13 @@ class Watch:
     """Why it was asked to stop; None while nobody wants that."""
     stop_at: float = 0.0
     fenced: bool = False
-    oom_kills: int = field(default_factory=count_oom_kills)
-    """Counted at its start."""
+    oom_kills: tuple[int, int] = field(default_factory=lambda: (count_oom_kills(),) * 2)
+    """The kernel's count at the last two looks, a second apart."""
 
     def describe_death(self, how: str) -> dict[str, Any]:
-        """The error of an attempt whose process is gone: out of memory when the kernel says so, else lost."""
-        if "SIGKILL" in how and count_oom_kills() > self.oom_kills:
+        """The error of an attempt whose process is gone: out of memory when the kernel just says so and less may do, else lost."""
+        can_take_less = self.job.kind in ("train", "label")
+        if "SIGKILL" in how and can_take_less and count_oom_kills() > self.oom_kills[0]:
             message = "the kernel killed the attempt's process because memory ran out; a smaller micro-batch may help"
             return self.describe_loss("memory.exhausted", message) | {"class": "resource"}
         return self.describe_loss("attempt.lost", f"the attempt's process {how}")
@@ -196,6 +197,7 @@ class Slot(threading.Thread):
 
     def _look(self, watch: Watch, now: float) -> None:
         """Once a second: write what was said, or keep the lease when it is time, or just read whether the job is still ours and wanted."""
+        watch.oom_kills = watch.oom_kills[1], count_oom_kills()
         try:
             beat = now - watch.beat_at >= self._settings.lease_seconds / 4
             if beat or not watch.reports.is_empty():

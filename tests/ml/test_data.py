@@ -21,12 +21,12 @@ import torch
 import ml.data
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
 from ml.data import Batch, TrainingBatches
-from ml.errors import BadImage, DataError
+from ml.errors import BadImage, DataError, LoaderLost
 from ml.ingestion import scan
 from ml.pixels import decode
 from ml.pseudo_labels import write_shard
 from ml.selection import SelectedLabels
-from ml.views import ImageStream
+from ml.views import TICKETS, ImageStream, claimed_rows
 from tests.ml import builders_images as builders
 
 SMALL = ImageConfig(size=32, small_images=True)
@@ -34,9 +34,9 @@ PLAIN = NoiseConfig(randaugment_operations=0, crop_and_flip=False)
 NAMES = ("cat", "dog")
 
 
-TOGETHER = RuntimeConfig(device="cpu", num_loader_workers=2)
-"""Every step is made by all."""
-AHEAD = RuntimeConfig(device="cpu", num_loader_workers=2, cache_bytes=0)
+TOGETHER = RuntimeConfig(device="cpu", num_threads=3, num_loader_workers=1)
+"""On two cores the network takes all, so every step is made by all."""
+AHEAD = RuntimeConfig(device="cpu", num_threads=1, num_loader_workers=2, cache_bytes=0)
 """Whole steps are made in turn: nothing is cached."""
 
 
@@ -169,11 +169,13 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
 def test_the_bits_do_not_depend_on_the_workers_nor_on_torchs_generator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeConfig
 ) -> None:
-    alone = collect(build_batches(tmp_path / "d"))
+    sizes = {"batch_labeled": 40, "batch_unlabeled": 60}
+    alone = collect(build_batches(tmp_path / "d", **sizes))
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
+    monkeypatch.setattr(ml.data, "num_cores", lambda: 2)
     before = torch.random.get_rng_state()
 
-    crowd = collect(build_batches(tmp_path / "d", runtime=runtime))
+    crowd = collect(build_batches(tmp_path / "d", runtime=runtime, **sizes))
 
     assert same(alone, crowd)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -205,13 +207,31 @@ def test_a_selection_of_another_pool_is_refused(tmp_path: Path) -> None:
 
 
 def test_workers_are_started_when_they_are_worth_it_and_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = RuntimeConfig(num_loader_workers=3)
+    runtime = RuntimeConfig(num_threads=5, num_loader_workers=3)
 
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=1, cache_bytes=0, batch_bytes=0) == 0
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, cache_bytes=0, batch_bytes=0) == 3
-    assert ml.data._count_workers(runtime, num_steps=2, seconds=100, cache_bytes=0, batch_bytes=0) == 2
+    def count(**changes: Any) -> int:
+        given: dict[str, Any] = {"shared": False, "num_steps": 100, "seconds": 100, "cache_bytes": 0, "batch_bytes": 0}
+        return ml.data._count_workers(runtime, **given | changes)
+
+    assert count(seconds=1) == 0
+    assert count() == 3
+    assert count(shared=True) == 4
+    assert count(num_steps=2) == 2
     monkeypatch.setattr(ml.data, "_SHARED_MEMORY", Path("/"))
-    assert ml.data._count_workers(runtime, num_steps=100, seconds=100, cache_bytes=10**18, batch_bytes=0) == 0
+    assert count(cache_bytes=10**18) == 0
+
+
+def test_every_row_is_made_by_one_of_those_who_share_a_step() -> None:
+    tickets, till = multiprocessing.Pipe(duplex=False)
+    os.set_blocking(tickets.fileno(), False)
+    os.write(till.fileno(), TICKETS)
+    one, other = claimed_rows(tickets, 200), claimed_rows(tickets, 200)
+
+    first = [next(one) for _ in range(10)]
+    rest = list(other)
+
+    assert first[:4] == [0, 64, 128, 192]
+    assert sorted([*first, *one, *rest]) == list(range(200))
 
 
 @pytest.mark.parametrize("runtime", [TOGETHER, AHEAD])
@@ -219,9 +239,10 @@ def test_a_killed_worker_is_noticed_and_leaving_ends_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeConfig
 ) -> None:
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
+    monkeypatch.setattr(ml.data, "num_cores", lambda: 2)
     batches = build_batches(tmp_path / "d", stop_step=1000, runtime=runtime)
 
-    with batches, pytest.raises(RuntimeError, match="worker died with exit code -9"):
+    with batches, pytest.raises(LoaderLost, match="worker died with exit code -9"):
         collect_after_killing_a_worker(batches)
 
     assert multiprocessing.active_children() == []

@@ -86,14 +86,14 @@ def test_an_attempt_that_is_lost_names_the_step_where_it_was_heard_last() -> Non
 def test_a_process_that_the_kernel_killed_for_memory_ran_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kills = 3
     monkeypatch.setattr(workers.slots, "count_oom_kills", lambda: kills)
-    # The default factory holds the function itself.
-    watch = Watch(job=Job(), child=None, oom_kills=kills)  # type: ignore[arg-type]
-    assert watch.describe_death("was killed by SIGKILL")["code"] == "attempt.lost"
+    training, ingesting = (Watch(job=Job(kind=kind), child=None) for kind in ("train", "ingest"))  # type: ignore[arg-type]
+    assert training.describe_death("was killed by SIGKILL")["code"] == "attempt.lost"
 
     kills += 1
 
-    assert watch.describe_death("ended with status 1")["code"] == "attempt.lost"
-    died = watch.describe_death("was killed by SIGKILL")
+    assert training.describe_death("ended with status 1")["code"] == "attempt.lost"
+    assert ingesting.describe_death("was killed by SIGKILL")["code"] == "attempt.lost"
+    died = training.describe_death("was killed by SIGKILL")
     assert (died["class"], died["code"]) == ("resource", "memory.exhausted")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from ml.config import LabelingConfig
 from ml.tasks import LabelingTask
@@ -15,7 +13,7 @@ from workers.jobs.runtime import settle_runtime
 
 def run(work: Work) -> Made:
     """Input: generation (folder), unlabeled (manifest), start, stop, labeling, runtime."""
-    runtime = settle_runtime(work, image_size=image_size(work.input["generation"]))
+    runtime = settle_runtime(work)
     from ml.prediction import label
 
     labeling = build(LabelingConfig, work.input["labeling"])
@@ -32,8 +30,3 @@ def run(work: Work) -> Made:
         output=str(output),
     )
     return Made(files={output.name: output}, result=label(task, work.on_event, work.should_stop))
-
-
-def image_size(generation: str) -> int:
-    """Side in pixels of the images that an exported generation looks at."""
-    return int(json.loads((Path(generation) / "preprocessing.json").read_text(encoding="utf-8"))["size"])

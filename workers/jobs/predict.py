@@ -12,7 +12,6 @@ from ml.files import written_aside
 from ml.pseudo_labels import read_facts, read_shard
 from ml.tasks import LabelingTask
 from workers.jobs import Made, Work
-from workers.jobs.label import image_size
 from workers.jobs.runtime import settle_runtime
 
 STORED_CLASSES = 5
@@ -21,7 +20,7 @@ _ROW_GROUP = 8192
 
 def run(work: Work) -> Made:
     """Input: generation (folder), manifest, num_images, runtime. The confidences are calibrated, as those of /predict."""
-    runtime = settle_runtime(work, image_size=image_size(work.input["generation"]))
+    runtime = settle_runtime(work)
     from ml.prediction import label
 
     guesses = work.directory / "guesses.parquet"

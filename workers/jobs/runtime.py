@@ -9,7 +9,7 @@ from ml.validation import build
 from workers.jobs import Work
 
 
-def settle_runtime(work: Work, *, image_size: int) -> RuntimeConfig:
+def settle_runtime(work: Work) -> RuntimeConfig:
     """The input's runtime without `auto`, reported to the supervisor. Imports torch."""
     from ml.devices import resolve_runtime
 
@@ -17,6 +17,6 @@ def settle_runtime(work: Work, *, image_size: int) -> RuntimeConfig:
     if asked.device == "auto" and "cuda" not in work.capabilities:
         # Later jobs of the run wait for the capability that this one used, so it uses none that the worker does not name.
         asked = replace(asked, device="cpu")
-    runtime = resolve_runtime(asked, image_size=image_size)
+    runtime = resolve_runtime(asked)
     work.on_runtime(runtime)
     return runtime

@@ -36,7 +36,7 @@ def build_task(work: Work) -> TrainingTask:
     """The task, with its runtime resolved and, after running out of memory, twice the micro-batches."""
     recipe = build(Recipe, work.input["recipe"])
     student = work.input["student"] and build(StudentConfig, work.input["student"])
-    runtime = settle_runtime(work, image_size=recipe.image.size)
+    runtime = settle_runtime(work)
     if work.halve_micro_batch:
         recipe = replace(recipe, teacher=replace(recipe.teacher, training=_halved(recipe.teacher.training)))
         student = student and replace(student, training=_halved(student.training))
