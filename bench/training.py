@@ -92,6 +92,8 @@ class _Stage:
         self._numbers = count()
         self._generators = ReusedGenerator()
         self._alone = _Alone(self._network(), self)
+        self.spans: dict[str, list[float]] = {"waiting for images": [], "in steps": []}
+        """Seconds an image of each call of `rate`."""
 
     def _network(self) -> nn.Module:
         torch.manual_seed(SEED)
@@ -133,12 +135,18 @@ class _Stage:
         apply_runtime(self.runtime)
         for _ in range(self.setting.warm_steps):
             self.learner.step(*next(batches))
-        started = time.perf_counter()
+        loading = stepping = 0.0
         for _ in range(self.setting.steps):
-            self.learner.step(*next(batches))
-        elapsed = time.perf_counter() - started
+            started = time.perf_counter()
+            batch = next(batches)
+            loaded = time.perf_counter()
+            self.learner.step(*batch)
+            loading, stepping = loading + loaded - started, stepping + time.perf_counter() - loaded
         self.learner.recent_losses()
-        return self.setting.steps * self.plan.batch / elapsed
+        num_images = self.setting.steps * self.plan.batch
+        self.spans["waiting for images"].append(loading / num_images)
+        self.spans["in steps"].append(stepping / num_images)
+        return num_images / (loading + stepping)
 
 
 class _Alone:
@@ -196,7 +204,7 @@ def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
     ceilings = [num_cores() / sum(seconds) for seconds in terms]
     ratios = [rate / ceiling for rate, ceiling in zip(turns["rate"], ceilings, strict=True)]
     found.figures[f"training-{setting.preset}"] = summary(ratios)["median"]
-    found.details[setting.preset] = {"turns": turns, "runtime": str(stage.runtime), "batch": stage.plan.batch}
+    found.details[setting.preset] = {"turns": turns, "spans": stage.spans, "runtime": str(stage.runtime), "batch": stage.plan.batch}
     decode = summary(turns["decode"])["median"]
     return {
         "preset": setting.preset,
@@ -206,6 +214,7 @@ def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
         "with its threads": 1 / summary(turns["as run"])["median"],
         "ceiling": summary(ceilings)["median"],
         "training": summary(turns["rate"])["median"],
+        **{f"s {name}": summary(seconds)["median"] for name, seconds in stage.spans.items()},
         "ratio": summary(ratios)["median"],
         "lowest": summary(ratios)["lowest"],
         "highest": summary(ratios)["highest"],
