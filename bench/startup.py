@@ -15,6 +15,24 @@ from bench.service import Service, command_line, embedded, free_port, migrate, r
 
 REPEATS = 5
 _IMPORT = "import time; started = time.perf_counter(); import server.app; print(time.perf_counter() - started)"
+_PACKAGES = """
+import sys
+import server.app
+own = {"server", "core", "ml"}
+tops = dict.fromkeys(name for name in sys.modules if name.partition(".")[0] not in own | set(sys.stdlib_module_names))
+print(*(name for name in tops if not name.startswith("__")))
+"""
+_IMPORT_PACKAGES = """
+import importlib, sys, time
+started = time.perf_counter()
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        # Made by its package as it runs, so it has come with it.
+        continue
+print(time.perf_counter() - started)
+"""
 _FOREIGN = """
 import sys
 from server.app import create_app
@@ -38,7 +56,13 @@ def measure() -> Measurement:
     found = Measurement(name="startup", details={"repeats": REPEATS})
     directory = Path(tempfile.mkdtemp(prefix="bench-startup-"))
     try:
-        turns = interleaved({"import": _import_seconds, "ready": lambda: _ready_seconds(directory)}, repeats=REPEATS, most=REPEATS + 3)
+        names = _run(_PACKAGES).split()
+        parts = {
+            "import": lambda: float(_run(_IMPORT)),
+            "packages": lambda: float(_run(_IMPORT_PACKAGES, *names)),
+            "ready": lambda: _ready_seconds(directory),
+        }
+        turns = interleaved(parts, repeats=REPEATS, most=REPEATS + 3)
         memory = _measure_memory(directory)
     finally:
         shutil.rmtree(directory)
@@ -51,6 +75,7 @@ def measure() -> Measurement:
     }
     found.tables["Start-up, seconds"] = [
         {"what": "import of server.app", **summary(turns["import"])},
+        {"what": "of it the packages that it needs, alone", **summary(turns["packages"])},
         {"what": "/readyz after the start of `python -m server`", **summary(turns["ready"])},
     ]
     found.tables["Resident memory after requests and an ingestion, MB (10^6 bytes)"] = [
@@ -60,8 +85,9 @@ def measure() -> Measurement:
     return found
 
 
-def _import_seconds() -> float:
-    return float(subprocess.run([sys.executable, "-c", _IMPORT], check=True, capture_output=True, text=True).stdout)
+def _run(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _ready_seconds(directory: Path) -> float:
