@@ -17,6 +17,7 @@ MlError
 ├── Diverged               the loss stopped being a finite number
 ├── OutOfMemory            the device has not enough memory for the micro-batch
 ├── DiskFull               storage is full; nothing half-written stays
+├── LoaderLost             a process that made images was killed from outside
 └── Interrupted            `should_stop()` said so; a checkpoint was written
 """
 

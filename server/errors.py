@@ -67,6 +67,7 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     ml_errors.Diverged: (500, "diverged"),
     ml_errors.OutOfMemory: (503, "out_of_memory"),
     ml_errors.DiskFull: (507, "storage_full"),
+    ml_errors.LoaderLost: (500, "loader_lost"),
     ml_errors.Interrupted: (503, "interrupted"),
 }
 """Status and code of each error class; a class that is missing here would be answered as its parent."""
