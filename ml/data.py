@@ -246,9 +246,8 @@ class _Worker:
 
 
 def _takes_every_core(runtime: RuntimeConfig) -> bool:
-    """Whether a loader worker would have to share a core with the network."""
-    workers = runtime.num_loader_workers
-    return runtime.device == "cpu" and workers != "auto" and runtime.num_threads + workers > num_cores()
+    """Whether the network leaves no core to a loader worker."""
+    return runtime.device == "cpu" and runtime.num_threads >= num_cores()
 
 
 def _count_workers(runtime: RuntimeConfig, *, shared: bool, num_steps: int, seconds: float, cache_bytes: int, batch_bytes: int) -> int:

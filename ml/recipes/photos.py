@@ -19,7 +19,7 @@ from ml.config import (
 
 
 def digits() -> Recipe:
-    """scikit-learn's handwritten digits on a CPU: 38 400 images through each network, some ten seconds on a free core.
+    """scikit-learn's handwritten digits on a CPU: 38 400 images through each network, about half a minute on one core.
 
     Made for 5 training and 5 validation labels a class; docs/experiments/digits.md holds the measured table.
     """
@@ -36,7 +36,7 @@ def digits() -> Recipe:
         students=(StudentConfig(network=network, noise=noise, training=student, ratio=3),),
         labeling=LabelingConfig(shard_size=512),
         iterations=IterationConfig(count=2, control=True),
-        # A step takes some 15 ms: a second thread would mostly wait for the first.
+        # A step takes some 30 ms: a second thread would mostly wait for the first, and for whatever else the machine does.
         runtime=RuntimeConfig(num_threads=1),
     )
 
