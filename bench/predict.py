@@ -2,6 +2,7 @@
 
 The loop is the most that these cores can do: as many callers as cores, one thread each, from the same bytes through the same decoding
 to logits, no HTTP. Service and load generator share the cores. Answers are compared before anything is timed. There is no cache.
+What HTTP adds to the time of a lone request stands beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +34,10 @@ from ml.pixels import Preprocessing, decode, normalize, weak_view
 CONCURRENCY = 8
 BODIES = 256
 COMPARED = 20
+CALLS = 100
+"""Of which the median says how long one takes with nothing beside it."""
 SECONDS = 4.0
-REPEATS = 5
+REPEATS = 9
 _PATH = "/predict?calibrated=false"
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 
@@ -83,7 +87,13 @@ def _measure(service: Service, generation: str, folder: Path, directory: Path, f
     in_process()
     through_http()
     runs.clear()
-    turns = interleaved({"loop": in_process, "http": through_http}, repeats=REPEATS, most=REPEATS + 3)
+    parts = {
+        "loop": in_process,
+        "http": through_http,
+        "call ms": lambda: _median_call(answer, bodies),
+        "request ms": lambda: generator(service, folder, 1)["p50_ms"],
+    }
+    turns = interleaved(parts, repeats=REPEATS, most=REPEATS + 3)
     ratios = [http / loop for http, loop in zip(turns["http"], turns["loop"], strict=True)]
     found.figures["predict-throughput"] = summary(ratios)["median"]
     found.tables["/predict, EfficientNet-B0 at 224 px (medians of interleaved repeats)"] = [
@@ -91,6 +101,8 @@ def _measure(service: Service, generation: str, folder: Path, directory: Path, f
             "in-process loop/s": summary(turns["loop"])["median"],
             "requests/s": summary(turns["http"])["median"],
             **{name: summary(ratios)[key] for name, key in (("ratio", "median"), ("lowest", "lowest"), ("highest", "highest"))},
+            "ms a call": summary(turns["call ms"])["median"],
+            "ms a request, one at a time": summary(turns["request ms"])["median"],
             "generator's share of the cores": summary([run["generator_cores"] / num_cores() for run in runs])["median"],
             "others' CPU": summary(turns["others"])["median"],
         }
@@ -150,14 +162,24 @@ def _loop_rate(answer: Callable[[bytes], Any], bodies: list[bytes]) -> float:
     return done / (time.perf_counter() - started)
 
 
-def _wrk(service: Service, folder: Path) -> dict[str, float]:
+def _median_call(answer: Callable[[bytes], Any], bodies: list[bytes]) -> float:
+    """Milliseconds of one call with nothing beside it."""
+    seconds = []
+    for body in bodies[:CALLS]:
+        started = time.perf_counter()
+        answer(body)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def _wrk(service: Service, folder: Path, concurrency: int = CONCURRENCY) -> dict[str, float]:
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
-    command = ["wrk", "-t", "1", "-c", str(CONCURRENCY), "-d", f"{SECONDS:g}s", "--timeout", "60s", "-s", str(_SCRIPT), service.url, "--"]
+    command = ["wrk", "-t", "1", "-c", str(concurrency), "-d", f"{SECONDS:g}s", "--timeout", "60s", "-s", str(_SCRIPT), service.url, "--"]
     return _last_json([*command, _PATH, service.key, *files])
 
 
-def _own_generator(service: Service, folder: Path) -> dict[str, float]:
-    arguments = [str(service.port), _PATH, service.key, str(folder), str(CONCURRENCY), str(SECONDS)]
+def _own_generator(service: Service, folder: Path, concurrency: int = CONCURRENCY) -> dict[str, float]:
+    arguments = [str(service.port), _PATH, service.key, str(folder), str(concurrency), str(SECONDS)]
     return _last_json([sys.executable, "-m", "bench.load", *arguments])
 
 

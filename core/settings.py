@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     predict_queue: Annotated[int, Field(ge=1)] = 64
     """Images that may wait for the predictor; one more is answered 503."""
     predict_threads: Annotated[int, Field(ge=0)] = 0
-    """Threads that decode and predict; 0: one per core."""
+    """Threads that decode and predict; 0: one more than there are cores, because now and then each waits for the interpreter."""
     predict_deadline_seconds: Annotated[float, Field(gt=0)] = 10.0
     """A request that waited longer is answered 503 instead of late."""
 

@@ -140,9 +140,8 @@ async def predict(request: Request, services: ServicesDep, question: QuestionDep
     served = await _resolve(services, question)
     [future] = services.serving.predictor.submit([await request.body()], served)
     answer = await asyncio.wrap_future(future)
-    shown = _show(answer, question)
     return SinglePrediction(
-        **shown.model_dump(),
+        **_look_at(answer, question),
         generation_id=answer.generation_id,
         alias=None if question.generation else question.alias,
         timings_ms=_timings([answer]),
@@ -203,20 +202,21 @@ async def _answer_all(
 
 def _show_outcome(outcome: Answer | BaseException, question: Question) -> Prediction | RefusedImage:
     if isinstance(outcome, Answer):
-        return _show(outcome, question)
+        return Prediction(**_look_at(outcome, question))
     if not isinstance(outcome, ServiceError):
         raise outcome
     problem = to_problem(outcome)
     return RefusedImage(error=ImageProblem(code=problem.code, message=problem.detail, status=problem.status))
 
 
-def _show(answer: Answer, question: Question) -> Prediction:
+def _look_at(answer: Answer, question: Question) -> dict[str, Any]:
+    """The fields of a Prediction."""
     probabilities = answer.probabilities(calibrated=question.calibrated)
     # Sorting is stable: of equal probabilities the class that comes first wins, as in evaluation and labeling.
     order = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)
     top = [Candidate(label=answer.class_names[index], probability=probabilities[index]) for index in order[: question.top_k]]
     abstained = question.abstain_below is not None and top[0].probability < question.abstain_below
-    return Prediction(label=None if abstained else top[0].label, confidence=top[0].probability, abstained=abstained, top=top)
+    return {"label": None if abstained else top[0].label, "confidence": top[0].probability, "abstained": abstained, "top": top}
 
 
 def _timings(answers: Sequence[Answer]) -> Timings:

@@ -35,7 +35,7 @@ class Serving:
         self._storage = storage
         self.predictor = Predictor(
             self._predictor_files,
-            num_threads=settings.predict_threads or os.cpu_count() or 1,
+            num_threads=settings.predict_threads or _cores() + 1,
             queue_images=settings.predict_queue,
             deadline_seconds=settings.predict_deadline_seconds,
         )
@@ -128,3 +128,8 @@ class Serving:
             except sa.exc.SQLAlchemyError as error:
                 self._say_once("*", f"the database does not answer: {type(error).__name__}")
             self._stop.wait(WATCH_SECONDS)
+
+
+def _cores() -> int:
+    """Cores that this process may run on. The predictor has one thread more: now and then each waits for the interpreter."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 from core.db.schema import migrate
 from core.db.session import Database
 from core.settings import Settings
+from server.__main__ import open_socket
 from tests.server.builders import add_job, wait_until
 
 LOADED = """
@@ -80,6 +82,27 @@ def test_a_started_server_is_small_and_has_no_torch(tmp_path: Path) -> None:
     resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
     assert resident <= 150
     assert "torch" not in mapped
+
+
+def test_answers_leave_without_waiting_for_the_acknowledgement_of_their_first_half() -> None:
+    """Else each takes 40 ms more on Linux, whose clients acknowledge late."""
+    told: list[bool] = []
+
+    def look(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        told.append(bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+        writer.close()
+
+    async def connect() -> None:
+        listener = open_socket("127.0.0.1", 0)
+        async with await asyncio.start_server(look, sock=listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connect())
+
+    assert told == [True]
 
 
 def test_a_port_in_use_is_told_in_one_line(tmp_path: Path) -> None:
