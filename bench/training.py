@@ -39,7 +39,9 @@ STEPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Setting:
+class Setting:
+    """What is measured, and for how long."""
+
     preset: str
     pool: Path
     repeats: int
@@ -51,15 +53,17 @@ class _Setting:
     """Of measuring decoding and augmentation, each."""
 
 
-class _Stage:
+class Stage:
     """A preset's teacher in training, and the terms of its ceiling."""
 
-    def __init__(self, setting: _Setting) -> None:
+    def __init__(self, setting: Setting, runtime: RuntimeConfig, *, batch: int | None = None) -> None:
+        """`batch` images a step; None: as the preset says."""
         self.setting = setting
         self.recipe = get_recipe(setting.preset)
-        self.config = self.recipe.teacher
+        training = self.recipe.teacher.training
+        self.config = replace(self.recipe.teacher, training=replace(training, batch_size=batch or training.batch_size))
         self.manifest = Manifest.read(manifest_of(setting.pool, kind="labeled"))
-        self.runtime = resolve_runtime(RuntimeConfig(device="cpu"))
+        self.runtime = resolve_runtime(runtime)
         self.preprocessing = Preprocessing.from_config(self.recipe.image)
         plan = plan_training(self.config.training, num_labeled=len(self.manifest), ratio=0, role="teacher")
         self.plan = replace(plan, steps=STEPS)
@@ -91,7 +95,7 @@ class _Stage:
         self._squares = cycle([weak_view(read_image(path), self.preprocessing) for path in self.manifest.paths()[:500]])
         self._numbers = count()
         self._generators = ReusedGenerator()
-        self._alone = _Alone(self._network(), self)
+        self.alone = _Alone(self._network(), self)
         self.spans: dict[str, list[float]] = {"waiting for images": [], "in steps": []}
         """Seconds an image of each call of `rate`."""
 
@@ -122,7 +126,7 @@ class _Stage:
     def network(self, num_threads: int = 1) -> float:
         """Seconds an image, with nothing beside it."""
         torch.set_num_threads(num_threads)
-        seconds = seconds_per_call(self._alone.step, at_least=self.setting.seconds) / self.plan.batch
+        seconds = seconds_per_call(self.alone.step, at_least=self.setting.seconds) / self.plan.batch
         apply_runtime(self.runtime)
         return seconds
 
@@ -152,16 +156,18 @@ class _Stage:
 class _Alone:
     """The same network, precision, batch, optimizer and average, with nothing else around."""
 
-    def __init__(self, network: nn.Module, stage: _Stage) -> None:
+    def __init__(self, network: nn.Module, stage: Stage) -> None:
         self._stage = stage
-        self._network = network.to(memory_format=torch.channels_last).train()
+        device = torch.device(stage.runtime.device)
+        self._network = network.to(device=device).to(memory_format=torch.channels_last).train()
         self._average = EmaWeights(self._network)
         side = stage.recipe.image.size
         shield_small_convolutions(self._network, stage.runtime, side=side)
         self._optimizer = build_optimizer(self._network, stage.config.training.optimizer)
         generator = torch.Generator().manual_seed(SEED)
-        self._images = torch.randn(stage.plan.batch, 3, side, side, generator=generator).to(memory_format=torch.channels_last)
-        self._labels_B = torch.randint(0, len(stage.manifest.class_names), (stage.plan.batch,), generator=generator)
+        images = torch.randn(stage.plan.batch, 3, side, side, generator=generator)
+        self._images = images.to(device=device, memory_format=torch.channels_last)
+        self._labels_B = torch.randint(0, len(stage.manifest.class_names), (stage.plan.batch,), generator=generator).to(device)
 
     def step(self) -> None:
         training = self._stage.config.training
@@ -178,16 +184,16 @@ class _Alone:
 def measure() -> Measurement:
     found = Measurement(name="training", details={"seed": SEED})
     settings = (
-        _Setting(preset="small-32px", pool=small_photographs(8192), repeats=15, steps=10, warm_steps=1, seconds=0.4),
-        _Setting(preset="photos-224", pool=photographs(400), repeats=9, steps=2, warm_steps=3, seconds=0.7),
+        Setting(preset="small-32px", pool=small_photographs(8192), repeats=15, steps=10, warm_steps=1, seconds=0.4),
+        Setting(preset="photos-224", pool=photographs(400), repeats=9, steps=2, warm_steps=3, seconds=0.7),
     )
     title = "Training, images/s (medians of interleaved repeats; the three terms on one core)"
     found.tables[title] = [_measure(setting, found) for setting in settings]
     return found
 
 
-def _measure(setting: _Setting, found: Measurement) -> dict[str, float | str]:
-    stage = _Stage(setting)
+def _measure(setting: Setting, found: Measurement) -> dict[str, float | str]:
+    stage = Stage(setting, RuntimeConfig(device="cpu"))
     with stage.batches as batches:
         numbered = iter(enumerate(batches))
         stage.rate(numbered)

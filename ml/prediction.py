@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from hashlib import file_digest
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ml import calibration, decoding, evaluation, pseudo_labels
 from ml.config import RuntimeConfig
@@ -36,6 +36,8 @@ from ml.tasks import EvaluationTask, LabelingTask
 _CPU_BATCH = 8
 _REFERENCE_SIDE = 224
 _EVENT_SECONDS = 0.5
+_LAUNCHED = 2
+"""Batches that an accelerator has before the first one's logits are asked for."""
 
 
 class Predictions(NamedTuple):
@@ -110,12 +112,26 @@ def forward(
     network: nn.Module, images_MHWC: NDArray[np.uint8], preprocessing: Preprocessing, runtime: RuntimeConfig
 ) -> NDArray[np.float32]:
     """Logits of uint8 images, in the runtime's precision, without gradients. The batch travels as bytes and is normalized on the device."""
-    device = torch.device(runtime.device)
-    normalize = Normalization(preprocessing, device)
-    with torch.inference_mode(), autocast(runtime), translate_oom(f"a batch of {len(images_MHWC)} images without gradients"):
-        images = normalize(torch.from_numpy(images_MHWC).to(device, non_blocking=True))
-        logits_MK: NDArray[np.float32] = network(images).float().cpu().numpy()
-    return logits_MK
+    normalize = Normalization(preprocessing, torch.device(runtime.device))
+    return _fetch(_launch(network, torch.from_numpy(images_MHWC), normalize, runtime))
+
+
+def _launch(network: nn.Module, images_MHWC: Tensor, normalize: Normalization, runtime: RuntimeConfig) -> Tensor:
+    """float32 [M, K] on the device, which may still be computing them."""
+    with torch.inference_mode(), autocast(runtime), _memory_for(len(images_MHWC)):
+        logits: Tensor = network(normalize(images_MHWC.to(runtime.device, non_blocking=True)))
+        return logits.float()
+
+
+def _fetch(logits_MK: Tensor) -> NDArray[np.float32]:
+    """The same on the host, once they are there."""
+    with _memory_for(len(logits_MK)):
+        fetched: NDArray[np.float32] = logits_MK.cpu().numpy()
+    return fetched
+
+
+def _memory_for(num_images: int) -> AbstractContextManager[None]:
+    return translate_oom(f"a batch of {num_images} images without gradients")
 
 
 def predict(
@@ -133,25 +149,65 @@ def predict(
     """
     if any(module.training for module in network.modules()):
         raise ValueError("the network is in train mode and would guess with noise: call eval() first")
-
-    def logits_of(batch: tuple[NDArray[np.uint8], list[str]]) -> tuple[NDArray[np.float32], list[str]]:
-        images_MHWC, statuses = batch
-        empty = np.zeros((0, num_classes), np.float32)
-        return (forward(network, images_MHWC, views.preprocessing, runtime) if len(images_MHWC) else empty), statuses
-
-    on_cpu = runtime.device == "cpu"
-    work = (lambda index: logits_of(views.batch(index))) if on_cpu else views.batch
-    parts: list[NDArray[np.float32]] = []
+    parts: list[NDArray[np.float32]] = [np.zeros((0, num_classes), np.float32)]
     all_statuses: list[str] = []
-    with _one_thread_each() if on_cpu else nullcontext():
-        # A thread waits while another process decodes for it, so that never more are at work than cores.
-        for item in _in_order(work, len(views), num_callers(runtime), should_stop):
-            logits, statuses = item if on_cpu else logits_of(item)
-            parts.append(logits)
+    shown = _on_cpu if runtime.device == "cpu" else _on_accelerator
+    # Closed also when a listener fails: a traceback would keep the threads.
+    with closing(shown(network, views, runtime, should_stop)) as found:
+        for logits_MK, statuses in found:
+            if logits_MK is not None:
+                parts.append(logits_MK)
             all_statuses += statuses
             if on_rows is not None:
                 on_rows(len(all_statuses))
-    return Predictions(all_statuses, np.concatenate(parts) if parts else np.zeros((0, num_classes), np.float32))
+    return Predictions(all_statuses, np.concatenate(parts))
+
+
+_Shown = tuple[NDArray[np.float32] | None, list[str]]
+"""Logits of the readable rows of a batch, None when there are none; the status of every row."""
+
+
+def _on_cpu(network: nn.Module, views: WeakViews, runtime: RuntimeConfig, should_stop: ShouldStop) -> Generator[_Shown]:
+    """Threads that take whole batches from file to logits."""
+
+    def work(index: int) -> _Shown:
+        images_MHWC, statuses = views.batch(index)
+        return (forward(network, images_MHWC, views.preprocessing, runtime) if len(images_MHWC) else None), statuses
+
+    callers = num_callers(runtime)
+    with _one_thread_each():
+        # A thread waits while another process decodes for it, so that never more are at work than cores.
+        yield from _in_order(work, len(views), callers, should_stop, ahead=3 * callers)
+
+
+def _on_accelerator(network: nn.Module, views: WeakViews, runtime: RuntimeConfig, should_stop: ShouldStop) -> Generator[_Shown]:
+    """Threads make the batches; the device always has the next one before the logits of the last are asked for."""
+    normalize = Normalization(views.preprocessing, torch.device(runtime.device))
+    launched: deque[tuple[Tensor | None, list[str]]] = deque()
+
+    def fetched() -> _Shown:
+        logits_MK, statuses = launched.popleft()
+        return (None if logits_MK is None else _fetch(logits_MK)), statuses
+
+    with closing(host_batches(views, runtime, should_stop)) as batches:
+        for images_MHWC, statuses in batches:
+            launched.append((_launch(network, images_MHWC, normalize, runtime) if len(images_MHWC) else None, statuses))
+            if len(launched) > _LAUNCHED:
+                yield fetched()
+    while launched:
+        yield fetched()
+
+
+def host_batches(views: WeakViews, runtime: RuntimeConfig, should_stop: ShouldStop = never) -> Generator[tuple[Tensor, list[str]]]:
+    """What `views.batch` gives, in order, made by threads, in memory that a device can copy from while the host goes on."""
+
+    def work(index: int) -> tuple[Tensor, list[str]]:
+        images_MHWC, statuses = views.batch(index)
+        images = torch.from_numpy(images_MHWC)
+        return (images.pin_memory() if runtime.device == "cuda" and len(images) else images), statuses
+
+    callers = num_callers(runtime)
+    yield from _in_order(work, len(views), callers, should_stop, ahead=callers + _LAUNCHED)
 
 
 def num_callers(runtime: RuntimeConfig) -> int:
@@ -171,14 +227,14 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_order(work: Callable[[int], Any], count: int, callers: int, should_stop: ShouldStop) -> Iterator[Any]:
-    """Results of work(0), work(1), ... in order, with a few of them on their way at a time so that memory stays flat."""
+def _in_order(work: Callable[[int], Any], count: int, callers: int, should_stop: ShouldStop, *, ahead: int) -> Generator[Any]:
+    """Results of work(0), work(1), ... in order, with at most `ahead` of them on their way so that memory stays flat."""
     pool = ThreadPoolExecutor(callers, thread_name_prefix="predict")
     waiting: deque[Future[Any]] = deque()
     try:
         for index in range(count):
             waiting.append(pool.submit(work, index))
-            if len(waiting) >= 3 * callers:
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
             if should_stop():
                 raise Interrupted("stopped between two batches; what was not written is done again")
@@ -203,7 +259,7 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
         return _summary(statuses, facts, seconds=time.monotonic() - started, skipped=True)
     on_event(Event(kind="stage", data={"stage": "labeling"}))
     network = cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
-    views = _views(rows, generation.preprocessing, task.runtime, largest_batch=task.labeling.batch_size)
+    views = open_views(rows, generation.preprocessing, task.runtime, largest_batch=task.labeling.batch_size)
     predictions = predict(
         network,
         views,
@@ -226,7 +282,7 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
     return _summary(predictions.statuses, facts, seconds=time.monotonic() - started, skipped=False)
 
 
-def _views(rows: Manifest, preprocessing: Preprocessing, runtime: RuntimeConfig, *, largest_batch: int) -> WeakViews:
+def open_views(rows: Manifest, preprocessing: Preprocessing, runtime: RuntimeConfig, *, largest_batch: int) -> WeakViews:
     """The views of a long look at files that were not looked at before."""
     decoders = decoding.shared_decoders(preprocessing, num_rows=len(rows), count=num_callers(runtime))
     batch_size = batch_for(runtime.device, preprocessing.size, largest_batch)
@@ -299,7 +355,7 @@ def evaluate(
     preprocessing = generation.preprocessing if task.image is None else Preprocessing.from_config(task.image)
     manifest = Manifest.read(task.manifest)
     on_event(Event(kind="stage", data={"stage": "evaluating"}))
-    views = _views(manifest, preprocessing, runtime, largest_batch=256)
+    views = open_views(manifest, preprocessing, runtime, largest_batch=256)
     num_classes = len(generation.class_names)
     found = predict(
         generation.network,
