@@ -295,8 +295,8 @@ class RuntimeConfig(Checked):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the training forward pass; `auto` takes bf16 where the processor has instructions for it. Evaluation is fp32."""
     num_threads: Annotated[int, Interval(ge=0, le=1024)] = 0
-    """torch's intra-operation threads; 0 picks all cores. Another number gives other bits. They wait for each other at every
-    operation, so on a machine that other programs load, 1 is faster for small images."""
+    """torch's intra-operation threads; 0 picks all cores, and one beside CUDA. Another number gives other bits. They wait for
+    each other at every operation, so on a machine that other programs load, 1 is faster for small images."""
     num_loader_workers: Annotated[int, Interval(ge=0, le=128)] | Literal["auto"] = "auto"
     """Processes that decode and augment; the bits do not depend on it. 0 does it in the training process."""
     cache_bytes: Annotated[int, Interval(ge=0)] = 1_000_000_000

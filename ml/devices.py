@@ -54,7 +54,9 @@ def resolve_runtime(runtime: RuntimeConfig) -> RuntimeConfig:
     workers = runtime.num_loader_workers
     if workers == "auto":
         workers = min(cores - 1, 1 if device == "cpu" else _MOST_WORKERS)
-    return replace(runtime, device=device, precision=precision, num_threads=runtime.num_threads or cores, num_loader_workers=workers)
+    # What the host computes beside an accelerator is small, and threads for it would only wait for the loader's workers.
+    threads = runtime.num_threads or (cores if device == "cpu" else 1)
+    return replace(runtime, device=device, precision=precision, num_threads=threads, num_loader_workers=workers)
 
 
 def _has_bf16(device: str) -> bool:

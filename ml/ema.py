@@ -17,11 +17,12 @@ class EmaWeights:
         # Batch-norm's running statistics are averaged too, as the official code does; its counters are copied.
         self._averages: list[Tensor] = [average for average, _ in pairs if average.is_floating_point()]
         self._sources: list[Tensor] = [source for _, source in pairs if source.is_floating_point()]
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters: list[Tensor] = [average for average, _ in pairs if not average.is_floating_point()]
+        self._counted: list[Tensor] = [source for _, source in pairs if not source.is_floating_point()]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Make it decay x average + (1 - decay) x weights; at 0 it is the weights themselves."""
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
-        for counter, source in self._counters:
-            counter.copy_(source)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counted)

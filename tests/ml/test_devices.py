@@ -39,6 +39,16 @@ def test_on_a_cpu_the_network_gets_every_core_and_one_loader(monkeypatch: pytest
     assert (resolved.num_threads, resolved.num_loader_workers) == (8, 1)
 
 
+def test_beside_cuda_the_host_has_one_thread_so_that_loaders_keep_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ml.devices, "num_cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: not including_emulation)
+
+    resolved = resolve_runtime(RuntimeConfig(device="auto"))
+
+    assert resolved == RuntimeConfig(device="cuda", precision="bf16", num_threads=1, num_loader_workers=12)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none_is_refused_at_its_field() -> None:
     with pytest.raises(RecipeError) as caught:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import ml.prediction
 from ml import pseudo_labels
 from ml.config import LabelingConfig, RuntimeConfig
 from ml.errors import Interrupted
@@ -96,6 +97,18 @@ def test_labels_do_not_depend_on_how_many_threads_share_the_work(tmp_path: Path)
     label(shared)
 
     assert (tmp_path / "shard.parquet").read_bytes() == (tmp_path / "shared.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batches_that_are_fetched_later_give_the_same_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """An accelerator's way, walked on the CPU: what is launched is fetched two batches later."""
+    task = build_task(tmp_path, labeling=LabelingConfig(batch_size=batch_size))
+    label(task)
+    monkeypatch.setattr(ml.prediction, "_on_cpu", ml.prediction._on_accelerator)
+
+    label(replace(task, output=str(tmp_path / "later.parquet")))
+
+    assert (tmp_path / "shard.parquet").read_bytes() == (tmp_path / "later.parquet").read_bytes()
 
 
 def test_a_complete_shard_is_left_alone_and_one_of_another_teacher_is_not(tmp_path: Path) -> None:
