@@ -32,7 +32,7 @@ class Services:
         self.keys = KeyRing(self.database)
         self.metrics = Metrics()
         self.progress = ProgressHub(self.database)
-        self.serving = Serving(settings, self.database, self.storage)
+        self.serving = Serving(settings, self.database, self.storage, self.metrics)
         self._cursors: Cursors | None = None
         self._lock = threading.Lock()
 

@@ -24,6 +24,14 @@ class Metrics:
         self.seconds = Histogram(
             "noisy_student_request_seconds", "Time to the end of an answer.", ("route",), buckets=SECONDS, registry=self.registry
         )
+        self.predict_seconds = Histogram(
+            "noisy_student_predict_seconds",
+            "What an answered image took: waiting (queue), decoding (decode), the network (model).",
+            ("part",),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.predict_images = Gauge("noisy_student_predict_images", "Images that wait or are being answered.", registry=self.registry)
         self.streams = Gauge("noisy_student_event_streams", "Open event streams.", registry=self.registry)
         self.jobs = Gauge("noisy_student_jobs", "Jobs by status.", ("status",), registry=self.registry)
         self.runs = Gauge("noisy_student_runs", "Runs by status.", ("status",), registry=self.registry)
@@ -37,6 +45,11 @@ class Metrics:
         """Count an answered request."""
         self.requests.labels(method, route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
+
+    def observe_image(self, *, queue: float, decode: float, model: float) -> None:
+        """Count an image that the predictor answered; seconds."""
+        for part, seconds in (("queue", queue), ("decode", decode), ("model", model)):
+            self.predict_seconds.labels(part).observe(seconds)
 
     def read_rows(self, session: Session) -> None:
         """Set what the database knows."""

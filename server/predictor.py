@@ -152,9 +152,11 @@ class Predictor:
         queue_images: int,
         deadline_seconds: float,
         kept_generations: int = KEPT_GENERATIONS,
+        on_answer: Callable[[Answer], None] = lambda _answer: None,
     ) -> None:
         """`find_files(generation_id)` gives the exported files by name; whatever it raises reaches the caller of `load`."""
         self._find_files = find_files
+        self._on_answer = on_answer
         self._deadline_seconds = deadline_seconds
         self._kept_generations = kept_generations
         self._num_threads = num_threads
@@ -278,6 +280,7 @@ class Predictor:
             raise self._overloaded(f"the image waited {waited:.1f} s for the predictor, longer than {self._deadline_seconds:g} s")
         answer = generation.answer(data, queue_seconds=waited)
         self._recent_seconds += 0.1 * (answer.decode_seconds + answer.model_seconds - self._recent_seconds)
+        self._on_answer(answer)
         return answer
 
     @property

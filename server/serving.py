@@ -22,6 +22,7 @@ from core.errors import NotFound, ServiceError
 from core.logs import get_log
 from core.settings import Settings
 from core.storage import Storage
+from server.metrics import Metrics
 from server.predictor import FILES, Predictor, ServedGeneration
 
 WATCH_SECONDS = 1.0
@@ -30,7 +31,7 @@ WATCH_SECONDS = 1.0
 class Serving:
     """The predictor, and the thread that keeps it with the alias rows."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage) -> None:
+    def __init__(self, settings: Settings, database: Database, storage: Storage, metrics: Metrics) -> None:
         self._database = database
         self._storage = storage
         self.predictor = Predictor(
@@ -38,7 +39,11 @@ class Serving:
             num_threads=settings.predict_threads or _cores() + 1,
             queue_images=settings.predict_queue,
             deadline_seconds=settings.predict_deadline_seconds,
+            on_answer=lambda answer: metrics.observe_image(
+                queue=answer.queue_seconds, decode=answer.decode_seconds, model=answer.model_seconds
+            ),
         )
+        metrics.predict_images.set_function(lambda: self.predictor.num_inside)
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._keep_watching, name="alias-watch", daemon=True)
         self._problems: dict[str, str] = {}

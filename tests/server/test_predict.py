@@ -250,3 +250,16 @@ def test_the_builders_network_reads_the_preprocessing_it_was_exported_with(tmp_p
 
     assert (served.preprocessing, served.class_names) == (PREPROCESSING, COLORS)
     predictor.close()
+
+
+def test_the_metrics_say_how_many_images_were_answered_and_where_their_time_went(service: Service) -> None:
+    def counted(part: str) -> float:
+        lines = service.client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith(f'noisy_student_predict_seconds_count{{part="{part}"}}'))
+
+    before = {part: counted(part) for part in ("queue", "decode", "model")}
+    service.client.post("/predict", content=RED).raise_for_status()
+    assert service.client.post("/predict", content=b"no image").status_code == 415
+
+    assert {part: counted(part) - count for part, count in before.items()} == {"queue": 1, "decode": 1, "model": 1}
+    assert "noisy_student_predict_images 0.0" in service.client.get("/metrics").text

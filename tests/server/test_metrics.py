@@ -1,0 +1,49 @@
+"""/metrics: what was asked, and what the rows hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.builders import Api, add_job, api_in_process
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    with api_in_process(tmp_path) as running:
+        yield running
+
+
+def read(api: Api) -> dict[str, float]:
+    """Value by name with labels."""
+    lines = [line for line in api.client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_requests_are_counted_by_route_and_not_by_address(api: Api) -> None:
+    for name in ("one", "two", "three"):
+        assert api.client.get(f"/api/v1/jobs/{name}").status_code == 404
+
+    found = {name: value for name, value in read(api).items() if name.startswith("noisy_student_requests_total") and "jobs" in name}
+
+    assert found == {'noisy_student_requests_total{method="GET",route="/api/v1/jobs/{job_id}",status="404"}': 3.0}
+
+
+def test_jobs_that_wait_are_counted_and_the_oldest_has_an_age(api: Api) -> None:
+    assert read(api)["noisy_student_oldest_queued_seconds"] == 0
+
+    add_job(api.database)
+
+    found = read(api)
+    assert found['noisy_student_jobs{status="queued"}'] == 1
+    assert found['noisy_student_jobs{status="running"}'] == 0
+    assert found["noisy_student_oldest_queued_seconds"] >= 0
+
+
+@pytest.mark.parametrize(
+    "name", ["noisy_student_outbox", "noisy_student_workers", "noisy_student_event_streams", "noisy_student_predict_images"]
+)
+def test_what_nobody_uses_yet_stands_at_zero(api: Api, name: str) -> None:
+    assert read(api)[name] == 0
