@@ -36,7 +36,7 @@ up: install ## Start everything on this machine: API, worker, housekeeping
 test: install ## The tests that every change must pass (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile
 
-test-long: install ## The slow tests: undisturbed-versus-killed runs, fuzzing, accuracy
+test-long: install ## The slow tests: a full disk, compiled training, a whole run with its control; on a GPU, CUDA
 	@$(BIN)/python -m pytest -m "long or gpu"
 
 check: install ## Lint, types, import contracts, declared dependencies

@@ -2,7 +2,7 @@
 
     python -m bench.load PORT PATH KEY FOLDER CONNECTIONS SECONDS
 
-Prints JSON: requests, errors, seconds, cpu_seconds.
+Prints JSON: requests, errors, seconds, p50_ms, p99_ms, cpu_seconds.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ class _Caller(threading.Thread):
         self.requests, self.first, self.until = requests, first, until
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.done = self.errors = 0
+        self.errors = 0
+        self.seconds: list[float] = []
 
     def run(self) -> None:
         place = self.first
         while time.perf_counter() < self.until:
+            sent = time.perf_counter()
             self.connection.sendall(self.requests[place % len(self.requests)])
             place += 1
             self.errors += not self._answer().startswith(b"HTTP/1.1 200")
-            self.done += 1
+            self.seconds.append(time.perf_counter() - sent)
         self.connection.close()
 
     def _answer(self) -> bytes:
@@ -69,8 +71,16 @@ def main() -> None:
     for caller in callers:
         caller.join()
     elapsed = time.perf_counter() - started
-    found = {"requests": sum(caller.done for caller in callers), "errors": sum(caller.errors for caller in callers)}
-    print(json.dumps({**found, "seconds": elapsed, "cpu_seconds": time.process_time()}))
+    times = sorted(seconds for caller in callers for seconds in caller.seconds)
+    found = {
+        "requests": len(times),
+        "errors": sum(caller.errors for caller in callers),
+        "seconds": elapsed,
+        "p50_ms": 1000 * times[len(times) // 2],
+        "p99_ms": 1000 * times[99 * len(times) // 100],
+        "cpu_seconds": time.process_time(),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import typer
 from cli.client import API
 from cli.invocation import get_invocation
 from cli.watch import newest_run, report_run, watch_run
+from ml.errors import RecipeError
+from ml.validation import load_json
 
 app = typer.Typer(no_args_is_help=True, help="Runs: start, list, show, pause, resume, cancel, extend.")
 
@@ -70,11 +72,11 @@ def _read_recipe(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        found = json.loads(text)
+        found = load_json(text)
     except OSError as error:
         raise typer.BadParameter(f"cannot read {path}: {error.strerror}", param_hint="--recipe") from error
-    except ValueError as error:
-        raise typer.BadParameter(f"{path} is no JSON: {error}", param_hint="--recipe") from error
+    except (RecipeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--recipe") from error
     if not isinstance(found, dict):
         raise typer.BadParameter(f"{path} must hold a JSON object", param_hint="--recipe")
     return found
@@ -89,12 +91,19 @@ def set_values(recipe: dict[str, Any], values: list[str]) -> dict[str, Any]:
         path, found, text = one.partition("=")
         if not found or not path:
             raise typer.BadParameter(f"{one!r} must look like students.0.ratio=5", param_hint="--set")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        recipe = _laid(recipe, path.split("."), value, one)
+        recipe = _laid(recipe, path.split("."), _value_of(text, one), one)
     return recipe
+
+
+def _value_of(text: str, pair: str) -> Any:
+    try:
+        json.loads(text)
+    except ValueError:
+        return text
+    try:
+        return load_json(text)
+    except RecipeError as error:
+        raise typer.BadParameter(f"{pair!r}: {error}", param_hint="--set") from error
 
 
 def _laid(onto: Any, path: list[str], value: Any, pair: str) -> Any:

@@ -48,7 +48,8 @@ class Settings(BaseSettings):
     worker_name: str | None = None
     """Name shown for this worker; None: host and process id."""
     capabilities: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
-    """What this host can do (`cpu`, `cuda`), separated by `,`."""
+    """What this host can do (`cpu`, `cuda`), separated by `,`. Where it is not set, an embedded worker adds `cuda` when it finds an
+    NVIDIA driver with a GPU; a Celery worker offers the queues of its `-Q`."""
     orphan_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
     """Age at which a stored file that no row names is removed."""
     predict_max_bytes: Annotated[int, Field(gt=0)] = 20_000_000

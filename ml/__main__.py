@@ -151,28 +151,29 @@ def _run(options: argparse.Namespace, reporter: _Reporter, should_stop: Any) -> 
 def _train(options: argparse.Namespace, reporter: _Reporter, should_stop: Any) -> None:
     from ml.devices import resolve_runtime
     from ml.ingestion import scan
+    from ml.loop import check_together
     from ml.tasks import TrainingTask
     from ml.training import train
 
     recipe = _recipe(options)
-    manifests: dict[str, str | None] = {"labeled": None, "test": None, "validation": None}
-    for name in manifests:
-        folder = getattr(options, name)
-        if folder is None:
-            continue
-        manifest, _ = scan(folder, kind="labeled" if name == "labeled" else "evaluation", on_event=reporter, should_stop=should_stop)
-        path = options.out / "manifests" / f"{name}.parquet"
+    manifests = {
+        name: scan(folder, kind="labeled" if name == "labeled" else "evaluation", on_event=reporter, should_stop=should_stop)[0]
+        for name in ("labeled", "test", "validation")
+        if (folder := getattr(options, name)) is not None
+    }
+    check_together(manifests)
+    paths = {name: options.out / "manifests" / f"{name}.parquet" for name in manifests}
+    for name, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write(path)
-        manifests[name] = str(path)
+        manifests[name].write(path)
     task = TrainingTask(
         role="teacher",
         iteration=0,
         recipe=recipe,
         runtime=resolve_runtime(recipe.runtime),
-        labeled=str(manifests["labeled"]),
-        validation=manifests["validation"],
-        test=manifests["test"],
+        labeled=str(paths["labeled"]),
+        validation=str(paths["validation"]) if "validation" in paths else None,
+        test=str(paths["test"]) if "test" in paths else None,
     )
     metrics = train(
         task, checkpoint_dir=options.out / "work", output_dir=options.out / "generation", on_event=reporter, should_stop=should_stop

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,19 +110,7 @@ class LocalRun:
         manifests = {
             name: Manifest.read(self._manifest(name)) for name in ("labeled", "unlabeled", "test", "validation") if self._has(name)
         }
-        classes = manifests["labeled"].class_names
-        for name in ("test", "validation"):
-            if name in manifests and manifests[name].class_names != classes:
-                raise ClassMismatch(f"{name} has classes {manifests[name].class_names}, labeled has {classes}; they must be the same")
-        evaluation = [manifests[name] for name in ("test", "validation") if name in manifests]
-        found = find_leakage(evaluation, [manifests["labeled"], manifests["unlabeled"]])
-        if found:
-            keys = [str(row["key"]) for row in found[:100]]
-            raise Leakage(f"{len(found)} evaluation images also sit in labeled or unlabeled data, for example {keys[0]}", keys=keys)
-        found = find_leakage(evaluation[:1], evaluation[1:])
-        if found:
-            keys = [str(row["key"]) for row in found[:100]]
-            raise Leakage(f"{len(found)} test images also sit in validation, for example {keys[0]}", keys=keys)
+        check_together(manifests)
 
     def _validation_manifest(self) -> Path:
         """The validation images: given, or cut from the labeled ones exactly as training cuts them."""
@@ -250,6 +238,23 @@ class LocalRun:
         aside = path.with_suffix(".partial")
         aside.write_text(json.dumps({"recipe": to_dict(self.recipe), "generations": self.lineage}, indent=1), encoding="utf-8")
         os.replace(aside, path)
+
+
+def check_together(manifests: Mapping[str, Manifest]) -> None:
+    """ClassMismatch or Leakage when "test" or "validation" do not go with "labeled" and "unlabeled", or with each other."""
+    classes = manifests["labeled"].class_names
+    for name in ("test", "validation"):
+        if name in manifests and manifests[name].class_names != classes:
+            raise ClassMismatch(f"{name} has classes {manifests[name].class_names}, labeled has {classes}; they must be the same")
+    evaluation = [manifests[name] for name in ("test", "validation") if name in manifests]
+    found = find_leakage(evaluation, [manifests[name] for name in ("labeled", "unlabeled") if name in manifests])
+    if found:
+        keys = [str(row["key"]) for row in found[:100]]
+        raise Leakage(f"{len(found)} evaluation images also sit in labeled or unlabeled data, for example {keys[0]}", keys=keys)
+    found = find_leakage(evaluation[:1], evaluation[1:])
+    if found:
+        keys = [str(row["key"]) for row in found[:100]]
+        raise Leakage(f"{len(found)} test images also sit in validation, for example {keys[0]}", keys=keys)
 
 
 def lineage_table(lineage: list[dict[str, Any]], row: Callable[..., str] | None = None) -> list[str]:

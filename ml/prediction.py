@@ -37,7 +37,7 @@ _CPU_BATCH = 8
 _REFERENCE_SIDE = 224
 _EVENT_SECONDS = 0.5
 _LAUNCHED = 2
-"""Batches that an accelerator has before the first one's logits are asked for."""
+"""Batches that an accelerator is given beyond the one whose logits are asked for."""
 
 
 class Predictions(NamedTuple):
@@ -181,7 +181,7 @@ def _on_cpu(network: nn.Module, views: WeakViews, runtime: RuntimeConfig, should
 
 
 def _on_accelerator(network: nn.Module, views: WeakViews, runtime: RuntimeConfig, should_stop: ShouldStop) -> Generator[_Shown]:
-    """Threads make the batches; the device always has the next one before the logits of the last are asked for."""
+    """Threads make the batches; the device has the next ones before the logits of a batch are asked for."""
     normalize = Normalization(views.preprocessing, torch.device(runtime.device))
     launched: deque[tuple[Tensor | None, list[str]]] = deque()
 
@@ -211,7 +211,12 @@ def host_batches(views: WeakViews, runtime: RuntimeConfig, should_stop: ShouldSt
 
 
 def num_callers(runtime: RuntimeConfig) -> int:
-    """Threads that share the work: those that training would use for the network and for loading, but not more than cores."""
+    """Threads that share the work: on a CPU those that training would use for the network and for loading, but not more than cores.
+
+    Beside an accelerator every core decodes, because the network is not there.
+    """
+    if runtime.device != "cpu":
+        return num_cores()
     workers = runtime.num_loader_workers
     return max(1, min(num_cores(), runtime.num_threads + (0 if workers == "auto" else workers)))
 

@@ -9,7 +9,8 @@ import difflib
 import json
 import math
 import types
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval, Len
@@ -136,24 +137,62 @@ def from_json(cls: type[T], text: str | bytes) -> T:
 
 
 def load_json(text: str | bytes) -> Any:
-    """Parse JSON; RecipeError for a syntax error, a duplicate key, NaN or Infinity."""
+    """Parse JSON; RecipeError, pointing at the place, for a syntax error, a duplicate key, NaN, Infinity or a number beyond all floats."""
+    found: list[_Wrong] = []
+
+    def wrong(message: str, key: str | None = None) -> _Wrong:
+        found.append(_Wrong(message, key))
+        return found[-1]
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                return wrong(f"the key {key!r} stands twice in one object", key)
+            seen[key] = value
+        return seen
+
+    def finite(digits: str) -> Any:
+        number = float(digits)
+        return number if math.isfinite(number) else wrong(f"{digits} is larger than any number that can be kept")
+
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_constant=lambda name: wrong(f"{name} is not a number that JSON knows"),
+            parse_float=finite,
+        )
+        if found:
+            raise next(_wrong_places(value, ""))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"not valid JSON: {error}") from error
+    return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise RecipeError(f"the key {key!r} stands twice in one object", pointer=f"/{key}")
-        seen[key] = value
-    return seen
+@dataclass(frozen=True, slots=True)
+class _Wrong:
+    """Stands in decoded JSON for what cannot be kept, until its place is known."""
+
+    message: str
+    key: str | None = None
+    """Of a duplicate; the place is then this member of the object."""
 
 
-def _no_constant(name: str) -> Any:
-    raise RecipeError(f"{name} is not a number that JSON knows")
+def _wrong_places(value: Any, pointer: str) -> Iterator[RecipeError]:
+    if isinstance(value, _Wrong):
+        yield RecipeError(value.message, pointer=pointer if value.key is None else f"{pointer}/{_escaped(value.key)}")
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            yield from _wrong_places(member, f"{pointer}/{_escaped(key)}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _wrong_places(item, f"{pointer}/{index}")
+
+
+def _escaped(key: str) -> str:
+    """RFC 6901."""
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def to_dict(value: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 
 
 class RequestFrame:
-    """ASGI middleware around everything; one of the two places in the project that may catch every exception."""
+    """ASGI middleware around everything; one of the three places in the project that may catch every exception."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self.app = app

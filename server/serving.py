@@ -36,6 +36,7 @@ class Serving:
         self._storage = storage
         self.predictor = Predictor(
             self._predictor_files,
+            # One more than cores: now and then each waits for the interpreter.
             num_threads=settings.predict_threads or _cores() + 1,
             queue_images=settings.predict_queue,
             deadline_seconds=settings.predict_deadline_seconds,
@@ -136,5 +137,5 @@ class Serving:
 
 
 def _cores() -> int:
-    """Cores that this process may run on. The predictor has one thread more: now and then each waits for the interpreter."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ def parse_strictly(body: bytes) -> Any:
     """Decode JSON; InvalidRequest points at what is wrong with it."""
     try:
         value = load_json(body)
-        # Numbers such as 1e999 become infinite and escapes such as \ud800 are no characters: neither can be written again.
+        # Escapes such as \ud800 are no characters and cannot be written again.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecipeError as error:
         raise InvalidRequest(str(error), pointer=error.pointer) from error

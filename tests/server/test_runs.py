@@ -212,9 +212,9 @@ def test_an_unknown_preset_names_the_known_ones(data: Service) -> None:
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
-        (b'{"datasets": {}, "recipe": {"seed": NaN}}', ""),
-        (b'{"datasets": {"labeled": "a", "labeled": "b"}}', "/labeled"),
-        (b'{"datasets": {"labeled": "labeled", "unlabeled": "pool"}, "recipe": {"seed": 1, "seed": 2}}', "/seed"),
+        (b'{"datasets": {}, "recipe": {"students": [{}, {"ratio": NaN}]}}', "/recipe/students/1/ratio"),
+        (b'{"recipe": {"selection": {"min_confidence": 1e999}}}', "/recipe/selection/min_confidence"),
+        (b'{"datasets": {"labeled": "a", "labeled": "b"}}', "/datasets/labeled"),
         (b'{"datasets": {"labeled": "labeled"', ""),
     ],
 )
