@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,33 @@ def test_requests_of_the_load_generator_are_whole() -> None:
     assert body == b"\xff\xd8pixels"
     assert b"Content-Length: 8" in head
     assert goals.GOALS[0].wanted() == "≥ 0.8"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_the_load_generator_says_what_the_measurement_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.jpg").write_bytes(b"pixels")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(sys, "argv", ["load", str(server.server_address[1]), "/predict", "key", str(tmp_path), "2", "0.2"])
+        load.main()
+        server.shutdown()
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["requests"] > 0
+    assert found["errors"] == 0
+    assert 0 < found["p50_ms"] <= found["p99_ms"]

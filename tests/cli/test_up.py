@@ -107,6 +107,15 @@ def test_kill_9_takes_the_children_down_and_the_next_up_shows_no_second_key(up: 
     assert again.process.wait(60) == 0
 
 
+def test_a_second_up_over_one_data_directory_names_the_first_and_ends_with_2(up: Up, tmp_path: Path) -> None:
+    done = command("up", "--port", free_port(), directory=tmp_path)
+
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert f"(process {up.process.pid}) holds the data directory noisy-student-data" in line
+    assert up.process.poll() is None
+
+
 def test_killed_children_are_started_again(up: Up) -> None:
     before = up.children()
 

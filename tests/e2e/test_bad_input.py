@@ -137,9 +137,9 @@ def test_when_nothing_survives_selection_the_run_ends_with_the_histogram_and_a_s
     run = ended_run(service, run_id)
 
     assert (run["status"], run["error"]["code"]) == ("failed", "selection.nothing_selected")
-    assert "confidence" in run["error"]["message"]
+    assert run["error"]["message"] == "no image survives selection; raise max_confidence from 0.001, or leave it out"
     failed = service.get(f"/api/v1/jobs/{run['error']['job_id']}")
-    assert failed["error"]["details"]["histogram"]
+    assert sum(map(sum, failed["error"]["details"]["histogram"]["counts"].values())) > 0
     assert run["iterations"][0]["generation_id"], "generation 0 is kept"
 
 
@@ -153,17 +153,44 @@ def test_when_a_whole_class_does_not_survive_selection_the_run_says_which(servic
 
     assert (run["status"], run["error"]["code"]) == ("failed", "selection.nothing_selected")
     assert "blue" in run["error"]["message"] or "green" in run["error"]["message"]
+    assert run["error"]["message"].endswith("or switch require_every_class off")
+    details = service.get(f"/api/v1/jobs/{run['error']['job_id']}")["error"]["details"]
+    assert set(details["classes"]) <= {"blue", "green"}
+    assert sum(details["histogram"]["counts"]["red"]) > 0
 
 
 def test_a_loss_that_is_no_number_ends_with_step_loss_and_learning_rate(service: Service):
-    wild = {"name": "sgd", "learning_rate": 100.0, "weight_decay": 1.0}
-    recipe = {**QUICK, "teacher": {"training": {**QUICK["teacher"]["training"], "steps": 400, "optimizer": wild}}}
+    # The rate climbs; from about step 40 on each step makes the weights larger.
+    training = {
+        "steps": 400,
+        "optimizer": {"name": "sgd", "learning_rate": 10.0, "weight_decay": 1.0},
+        "schedule": {"name": "cosine", "warmup_ratio": 0.5},
+        "checkpoint_every_seconds": 0.05,
+    }
+    recipe = {**QUICK, "teacher": {"training": {**QUICK["teacher"]["training"], **training}}}
 
     run = ended_run(service, start(service, recipe))
 
     job = service.get(f"/api/v1/jobs/{run['error']['job_id']}")
     assert (run["status"], job["error"]["code"], job["attempt"]) == ("failed", "training.diverged", 1)
-    assert {"step", "loss", "learning_rate", "checkpoint"} <= job["error"]["details"].keys()
+    details = job["error"]["details"]
+    assert details["step"] > 0
+    assert details["learning_rate"] > 0
+    assert details["loss"]
+    kept = Path(details["checkpoint"])
+    assert kept.exists(), "the last good checkpoint is kept"
+
+
+def test_an_image_size_that_the_network_cannot_take_fails_with_the_field(service: Service):
+    recipe = {**QUICK, "image": {"size": 8, "small_images": True, "padding": 1}}
+    recipe["teacher"] = {**QUICK["teacher"], "network": {"architecture": "vit_tiny_patch16_224"}}
+
+    run = ended_run(service, start(service, recipe))
+
+    job = service.get(f"/api/v1/jobs/{run['error']['job_id']}")
+    assert (run["status"], job["error"]["class"], job["attempt"]) == ("failed", "permanent", 1)
+    assert "8" in job["error"]["message"]
+    assert "vit_tiny_patch16_224" in job["error"]["message"]
 
 
 def test_a_pool_smaller_than_the_cap_is_refused_before_anything_starts(service: Service):

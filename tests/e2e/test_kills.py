@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,13 @@ LONG = {
 
 def children_running(service: Service, module: str) -> list[psutil.Process]:
     """This service's processes that run `python -m module`."""
+    return [process for process in everything(service)[1:] if process.cmdline()[1:3] == ["-m", module]]
+
+
+def everything(service: Service) -> list[psutil.Process]:
+    """`up` and whatever it started."""
     top = psutil.Process(service.processes.running["up"].pid)
-    return [process for process in top.children(recursive=True) if module in " ".join(process.cmdline())]
+    return [top, *top.children(recursive=True)]
 
 
 def training_step(service: Service, run_id: str) -> int:
@@ -102,15 +106,21 @@ def test_killed_child_supervisor_and_everything_end_with_the_undisturbed_runs_bi
 
         step = wait_for_progress(stormy, run_id, beyond=step)
         checkpoints.append(wait_for_checkpoint(stormy, run_id, attempt=len(checkpoints) + 1))
-        kill_all([process for process in children_running(stormy, "workers") if "workers.attempt" not in " ".join(process.cmdline())])
+        kill_all(children_running(stormy, "workers"))
 
+        step = wait_for_progress(stormy, run_id, beyond=step)
+        kill_all(children_running(stormy, "server"))
+        stormy.wait_ready()
         wait_for_progress(stormy, run_id, beyond=step)
+        assert attempts_of(stormy, run_id) == len(checkpoints) + 1, "training does not notice the API"
+
         checkpoints.append(wait_for_checkpoint(stormy, run_id, attempt=len(checkpoints) + 1))
+        kill_all(everything(stormy))
         stormy.processes.kill("up")
         went_on = restart(stormy, tmp_path)
-        begun = time.monotonic()
-        wait_until(lambda: running_attempt(went_on, run_id), seconds=10, what="the run going on within 10 s")
-        assert time.monotonic() - begun < 10
+        wait_until(
+            lambda: attempts_of(went_on, run_id) > len(checkpoints), seconds=10, what="a new attempt within 10 s of the first answer"
+        )
         stormy = went_on
 
         assert weights_digest(stormy, run_id) == undisturbed
@@ -126,8 +136,8 @@ def kill_all(processes: list[psutil.Process]) -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
-def running_attempt(service: Service, run_id: str) -> bool:
-    return any(job["status"] == "running" for job in service.get("/api/v1/jobs", run_id=run_id, kind="train")["items"])
+def attempts_of(service: Service, run_id: str) -> int:
+    return len(steps_of_attempts(service, run_id, "metric"))
 
 
 def restart(service: Service, tmp_path: Path) -> Service:

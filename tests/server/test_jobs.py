@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from core.db import jobs as rows
 from core.db.files import name_files
 from core.db.runs import last_iteration, move_run
-from core.db.tables import Iteration, Run
+from core.db.tables import Iteration, Job, Run
 from tests.server.builders import Api, add_job, add_run, add_worker, api_in_process, api_on_a_socket, fail, report, start_job, succeed
 
 
@@ -33,6 +33,34 @@ def test_canceling_twice_changes_nothing(api: Api) -> None:
     assert answers[0].json()["status"] == "canceled"
     kinds = [event["kind"] for event in api.client.get(f"/api/v1/jobs/{job.id}/events").json()["items"]]
     assert kinds == ["queued", "canceled"]
+
+
+def test_cancel_and_finish_at_one_moment_leave_one_end_and_gapless_events(tmp_path: Path) -> None:
+    def cancel(api: Api, job: Job) -> int:
+        answer = api.client.post(f"/api/v1/jobs/{job.id}/cancel")
+        if answer.status_code == 202:
+            # What its worker does once it sees the wish.
+            with api.database.transaction() as session:
+                rows.cancel_held(session, job.id, token=job.token)
+        return answer.status_code
+
+    def finish(api: Api, job: Job) -> None:
+        with api.database.transaction() as session:
+            rows.succeed(session, job.id, token=job.token, result={"done": True})
+
+    with api_on_a_socket(tmp_path) as api:
+        running = [start_job(api.database, add_job(api.database).id) for _ in range(12)]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [(pool.submit(cancel, api, job), pool.submit(finish, api, job)) for job in running]
+            statuses = [(one.result(), other.result())[0] for one, other in asked]
+
+        for job, status in zip(running, statuses, strict=True):
+            ended = api.client.get(f"/api/v1/jobs/{job.id}").json()["status"]
+            events = api.client.get(f"/api/v1/jobs/{job.id}/events").json()["items"]
+            assert ended in ("succeeded", "canceled")
+            assert status == 202 or (status, ended) == (409, "succeeded")
+            assert [event["number"] for event in events] == list(range(1, len(events) + 1))
+            assert [event["kind"] for event in events if event["kind"] in ("succeeded", "canceled")] == [ended]
 
 
 def test_a_running_job_is_asked_to_stop_and_says_since_when(api: Api) -> None:

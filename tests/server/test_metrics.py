@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from tests.server.builders import Api, add_job, api_in_process
+from core.db.tables import Job
+from tests.server.builders import Api, add_job, api_in_process, start_job
 
 
 @pytest.fixture
@@ -31,19 +35,33 @@ def test_requests_are_counted_by_route_and_not_by_address(api: Api) -> None:
     assert found == {'noisy_student_requests_total{method="GET",route="/api/v1/jobs/{job_id}",status="404"}': 3.0}
 
 
-def test_jobs_that_wait_are_counted_and_the_oldest_has_an_age(api: Api) -> None:
+def test_jobs_are_counted_by_status_and_the_oldest_that_waits_has_its_age(api: Api) -> None:
     assert read(api)["noisy_student_oldest_queued_seconds"] == 0
-
-    add_job(api.database)
+    start_job(api.database, add_job(api.database).id)
+    waiting = add_job(api.database)
+    with api.database.transaction() as session:
+        session.execute(sa.update(Job).where(Job.id == waiting.id).values(created_at=waiting.created_at - timedelta(hours=1)))
 
     found = read(api)
+
     assert found['noisy_student_jobs{status="queued"}'] == 1
-    assert found['noisy_student_jobs{status="running"}'] == 0
-    assert found["noisy_student_oldest_queued_seconds"] >= 0
+    assert found['noisy_student_jobs{status="running"}'] == 1
+    assert 3600 <= found["noisy_student_oldest_queued_seconds"] < 3700
 
 
-@pytest.mark.parametrize(
-    "name", ["noisy_student_outbox", "noisy_student_workers", "noisy_student_event_streams", "noisy_student_predict_images"]
-)
+@pytest.mark.parametrize("name", ["noisy_student_outbox", "noisy_student_workers", "noisy_student_event_streams"])
 def test_what_nobody_uses_yet_stands_at_zero(api: Api, name: str) -> None:
     assert read(api)[name] == 0
+
+
+def test_an_image_that_waits_is_counted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = api.services.serving.predictor
+    let_go = threading.Event()
+    monkeypatch.setattr(predictor, "_answer", lambda *_: let_go.wait(20))
+
+    [future] = predictor.submit([b"image"], None)  # type: ignore[arg-type]
+
+    assert read(api)["noisy_student_predict_images"] == 1
+    let_go.set()
+    future.result()
+    assert read(api)["noisy_student_predict_images"] == 0

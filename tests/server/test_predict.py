@@ -262,4 +262,3 @@ def test_the_metrics_say_how_many_images_were_answered_and_where_their_time_went
     assert service.client.post("/predict", content=b"no image").status_code == 415
 
     assert {part: counted(part) - count for part, count in before.items()} == {"queue": 1, "decode": 1, "model": 1}
-    assert "noisy_student_predict_images 0.0" in service.client.get("/metrics").text
