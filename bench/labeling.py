@@ -27,7 +27,7 @@ from ml.recipes import get_recipe
 from ml.tasks import LabelingTask
 
 SEED = 1
-REPEATS = 9
+REPEATS = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

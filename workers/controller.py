@@ -7,6 +7,7 @@ A row lock on the run (or set) and the unique (run, iteration, step, part) make 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,14 +90,23 @@ def advance_all(database: Database) -> None:
         runs = list(session.scalars(sa.select(Run.id).where(Run.status == "active")))
         sets = list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id.is_(None), open_sets)))
         versions = list(session.scalars(_versions_without_hope()))
-    for run_id in runs:
-        advance_run(database, run_id)
-    for set_id in sets:
-        advance_set(database, set_id)
+    for advance, ids in ((advance_run, runs), (advance_set, sets)):
+        for identity in ids:
+            _advance_alone(advance, database, identity)
     if versions:
         with database.transaction() as session:
             query = sa.update(DatasetVersion).where(DatasetVersion.id.in_(_versions_without_hope().scalar_subquery()))
             session.execute(query.values(status="failed").execution_options(synchronize_session=False))
+
+
+def _advance_alone(advance: Callable[[Database, str], bool], database: Database, identity: str) -> None:
+    """What one row does to the database must not keep the others from moving; a database that is away keeps them all."""
+    try:
+        advance(database, identity)
+    except sa.exc.OperationalError:
+        raise
+    except sa.exc.SQLAlchemyError as error:
+        get_log().error("controller.not_moved", id=identity, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 def _versions_without_hope() -> sa.Select[str]:

@@ -18,6 +18,7 @@ from core.db.tables import Dataset, DatasetVersion, Job, Run
 from core.db.workers import WorkerDescription, register_worker, see_worker
 from ml.recipes import build_recipe
 from ml.validation import to_dict
+from workers import controller
 from workers.controller import Facts, advance_all, advance_run, decide, decide_set
 from workers.outcomes import record_success
 
@@ -248,6 +249,27 @@ def test_a_run_that_cannot_go_on_fails_alone(database: Database) -> None:
     assert "labelling" in error["message"]
     assert finish_next(database) == "label"
     assert read_run(database, good).status == "active"
+
+
+def test_a_run_that_the_database_refuses_to_move_does_not_hold_the_others(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = add_run(database, of="-bad"), add_run(database, of="-good")
+    while finish_next(database) is not None:
+        pass
+    move_on = controller._move_on
+
+    def refuse(database: Database, run_id: str) -> bool:
+        if run_id == bad:
+            raise sa.exc.IntegrityError("INSERT", {}, Exception("a constraint"))
+        return move_on(database, run_id)
+
+    monkeypatch.setattr(controller, "_move_on", refuse)
+
+    advance_all(database)
+
+    with database.reading() as session:
+        labeled = set(session.scalars(sa.select(Job.run_id).where(Job.kind == "label")))
+    assert labeled == {good}
+    assert read_run(database, bad).status == "active"
 
 
 def test_a_paused_run_stands_still(sqlite_url: str) -> None:
