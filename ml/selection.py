@@ -233,7 +233,7 @@ def _refuse_nothing(balance: Balance, task: SelectionTask) -> None:
         what, level = "no image", max(reachable, default=0.0)
     else:
         what, level = f"no image of {', '.join(names[:10])}", min(reachable, default=0.0)
-    if task.selection.max_confidence is not None and level >= task.selection.min_confidence:
+    if reachable and task.selection.max_confidence is not None and level >= task.selection.min_confidence:
         advice = f"raise max_confidence from {task.selection.max_confidence}, or leave it out"
     elif reachable:
         advice = f"lower min_confidence from {task.selection.min_confidence} to {level:.3g} or less, or train the teacher better"

@@ -165,7 +165,8 @@ def load_json(text: str | bytes) -> Any:
         )
         if found:
             raise next(_wrong_places(value, ""))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # A ValueError also for whole numbers of more digits than Python reads.
         raise RecipeError(f"not valid JSON: {error}") from error
     return value
 

@@ -14,6 +14,7 @@ from cli.main import hoist_global_options
 from cli.output import Output
 from cli.runs import set_values
 from core.settings import Settings
+from tests.cli.builders import command
 
 
 @pytest.fixture
@@ -95,3 +96,23 @@ def test_shares_are_numbers_of_images_or_parts_of_one_or_the_rest() -> None:
 def test_a_share_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_share("test", text)
+
+
+@pytest.mark.parametrize("pair", ["selection.min_confidence=NaN", "seed=1e999", 'teacher={"network": {}, "network": {}}'])
+def test_a_set_value_that_json_cannot_keep_is_refused(pair: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"not a number|larger than any|stands twice"):
+        set_values({}, [pair])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"seed": 1, "seed": 2}', "stands twice"), (f'{{"seed": {"9" * 5000}}}', "not valid JSON"), ("{", "not valid JSON")],
+)
+def test_a_recipe_file_that_cannot_be_meant_is_refused_before_anything_is_asked(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe.json").write_text(text, encoding="utf-8")
+
+    done = command("runs", "start", "--labeled", "a", "--unlabeled", "b", "--recipe", "recipe.json", directory=tmp_path)
+
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_ends_with_step_loss_and_learning_rate(service:
     assert kept.exists(), "the last good checkpoint is kept"
 
 
-def test_an_image_size_that_the_network_cannot_take_fails_with_the_field(service: Service):
+def test_an_image_size_that_the_network_cannot_take_fails_and_names_both(service: Service):
     recipe = {**QUICK, "image": {"size": 8, "small_images": True, "padding": 1}}
     recipe["teacher"] = {**QUICK["teacher"], "network": {"architecture": "vit_tiny_patch16_224"}}
 
@@ -189,7 +189,7 @@ def test_an_image_size_that_the_network_cannot_take_fails_with_the_field(service
 
     job = service.get(f"/api/v1/jobs/{run['error']['job_id']}")
     assert (run["status"], job["error"]["class"], job["attempt"]) == ("failed", "permanent", 1)
-    assert "8" in job["error"]["message"]
+    assert "8 x 8" in job["error"]["message"]
     assert "vit_tiny_patch16_224" in job["error"]["message"]
 
 
