@@ -27,7 +27,15 @@ LONG = {
 
 def children_running(service: Service, module: str) -> list[psutil.Process]:
     """This service's processes that run `python -m module`."""
-    return [process for process in everything(service)[1:] if process.cmdline()[1:3] == ["-m", module]]
+    return [process for process in everything(service)[1:] if words_of(process)[1:3] == ["-m", module]]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing when it has just died."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def everything(service: Service) -> list[psutil.Process]:
