@@ -64,7 +64,8 @@ def _verify(invocation: Invocation) -> int:
     settings, output = invocation.settings, invocation.output
     if settings.database_url is None and not Path(settings.resolved_database_url.removeprefix("sqlite:///")).exists():
         raise SetupError(f"there is no database in {settings.data_directory}; name the right one with --data-directory")
-    database = Database(settings.resolved_database_url)
+    # It thinks long about each of its queries, in one snapshot.
+    database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
     try:
         check_schema(database)
         storage = LocalStorage(settings.objects_directory)

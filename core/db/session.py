@@ -15,25 +15,31 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 BUSY_TIMEOUT_SECONDS = 30
+IDLE_TRANSACTION_SECONDS = 10.0
+"""Transactions are short: one that says nothing for this long belongs to a frozen process or a lost host."""
 
 
 class Database:
     """Opened once a process; `transaction()` writes, `reading()` reads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, idle_transaction_seconds: float = IDLE_TRANSACTION_SECONDS) -> None:
+        """After `idle_transaction_seconds` PostgreSQL rolls a silent transaction back, so that its locks hold nobody else."""
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
         if self.is_sqlite:
             self._writing = _sqlite_engine(url, begin="BEGIN IMMEDIATE")
             self._reading = _sqlite_engine(url, begin="BEGIN DEFERRED")
         else:
+            timeouts = f"-c statement_timeout=60000 -c idle_in_transaction_session_timeout={round(idle_transaction_seconds * 1000)}"
             self._writing = self._reading = sa.create_engine(
                 url,
                 pool_pre_ping=True,
                 pool_size=10,
                 max_overflow=30,
-                connect_args={"connect_timeout": 5, "options": "-c statement_timeout=60000 -c idle_in_transaction_session_timeout=60000"},
+                connect_args={"connect_timeout": 5, "options": timeouts},
             )
+
+            sa.event.listens_for(self._writing, "handle_error")(_call_lost_connections_operational)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -72,6 +78,12 @@ def _sqlite_engine(url: str, *, begin: str) -> sa.Engine:
         connection.exec_driver_sql(begin)
 
     return engine
+
+
+def _call_lost_connections_operational(context: sa.ExceptionContext) -> None:
+    """What was rolled back because this process was frozen comes as an InternalError; to everybody here it is a database that went away."""
+    if context.is_disconnect and not isinstance(context.sqlalchemy_exception, sa.exc.OperationalError):
+        raise sa.exc.OperationalError(context.statement, context.parameters, context.original_exception, connection_invalidated=True)
 
 
 def now(session: Session) -> datetime:

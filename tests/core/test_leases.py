@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from core.db import jobs
 from core.db.events import list_job_events
 from core.db.session import Database, now
 from core.db.tables import Job
 from core.errors import WrongState
+from core.settings import Settings
 from tests.core.test_claims import add_jobs, claim
 
 LOST = {"class": "retryable", "code": "attempt.lost", "message": "gone"}
@@ -261,3 +264,29 @@ def test_cancel_and_finish_at_one_moment_leave_one_end_and_gapless_events(databa
             events = list_job_events(session, job.id, after=0, limit=100)
         assert [event.number for event in events] == list(range(1, len(events) + 1))
         assert sum(event.kind in ("succeeded", "canceled") for event in events) == 1
+
+
+def test_a_transaction_that_freezes_holds_nobody_for_long(postgresql_url: str) -> None:
+    url = Settings(database_url=postgresql_url).resolved_database_url
+    frozen, healthy = Database(url, idle_transaction_seconds=0.5), Database(url)
+    job = start(healthy)
+
+    def freeze_before_the_next_query() -> None:
+        with frozen.transaction() as session:
+            assert jobs.heartbeat(session, job.id, token=job.token, lease_seconds=60, progress=None) is not None
+            expire(healthy, job.id)  # Waits for the row's lock.
+            assert [one.id for one in lose(healthy)] == [job.id]
+            jobs.heartbeat(session, job.id, token=job.token, lease_seconds=60, progress=None)
+
+    def freeze_before_the_commit() -> None:
+        with frozen.transaction() as session:
+            jobs.get_job(session, job.id).priority = 7
+            session.flush()
+            time.sleep(1)
+
+    for freeze in (freeze_before_the_next_query, freeze_before_the_commit):
+        with pytest.raises(sa.exc.OperationalError, match="idle-in-transaction"):
+            freeze()
+    assert (read(healthy, job.id).status, read(healthy, job.id).priority) == ("queued", 0)
+    frozen.close()
+    healthy.close()
