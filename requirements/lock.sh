@@ -10,5 +10,5 @@ compile() {
     --no-emit-index-url --no-emit-find-links --no-annotate --no-header "$@" pyproject.toml -o "requirements/$target.txt"
 }
 compile all --all-extras
-compile api --extra server --extra fleet --extra cli -c requirements/all.txt
-compile worker --extra worker --extra fleet --extra server --extra cli -c requirements/all.txt
+compile api --extra server --extra fleet --extra s3 --extra cli -c requirements/all.txt
+compile worker --extra worker --extra fleet --extra s3 --extra server --extra cli -c requirements/all.txt
