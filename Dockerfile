@@ -1,4 +1,4 @@
-# Two images from one file: `--target api` has no torch in it, `--target worker` has.
+# One file, four images: `api` and `predictor` have no torch in them, `worker-cpu` and `worker-cuda` have.
 # Packages come from the locks, by hash; from where they are downloaded is the build host's own setting.
 ARG PYTHON_VERSION=3.12
 
@@ -28,17 +28,27 @@ RUN groupadd --gid 10001 noisy-student \
 WORKDIR /app
 VOLUME /data
 
-FROM base AS api
+FROM base AS web
 COPY requirements/api.txt /tmp/requirements.txt
 RUN pip install --require-hashes -r /tmp/requirements.txt
 COPY --from=wheel /wheels /tmp/wheels
 RUN pip install --no-deps /tmp/wheels/*.whl
 ENV NOISY_STUDENT_HOST=0.0.0.0
 USER noisy-student
+
+FROM web AS api
+ENV NOISY_STUDENT_PORT=8000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 CMD ["python", "-m", "server"]
+
+FROM web AS predictor
+ENV NOISY_STUDENT_PORT=8001
+EXPOSE 8001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8001/readyz', timeout=4)"]
+CMD ["python", "-m", "server.predictions"]
 
 FROM base AS worker
 COPY requirements/worker.txt /tmp/requirements.txt
@@ -46,4 +56,14 @@ RUN pip install --require-hashes -r /tmp/requirements.txt
 COPY --from=wheel /wheels /tmp/wheels
 RUN pip install --no-deps /tmp/wheels/*.whl
 USER noisy-student
+HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 \
+    CMD ["python", "-m", "workers.health"]
+
+FROM worker AS worker-cpu
 CMD ["celery", "-A", "workers.app", "worker", "-Q", "cpu"]
+
+FROM worker AS worker-cuda
+# What the NVIDIA container toolkit lends to the container.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+CMD ["celery", "-A", "workers.app", "worker", "-Q", "cuda"]

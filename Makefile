@@ -1,7 +1,7 @@
 # The one door. `make` lists the verbs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-long check bench format lock clean
+.PHONY: help install demo up fleet chaos test test-long check bench format lock clean
 
 PYTHON3 ?= python3
 VENV := .venv
@@ -32,6 +32,9 @@ demo: install ## The whole loop on real handwritten digits, over HTTP, in a few 
 
 up: install ## Start everything on this machine: API, worker, housekeeping
 	@$(BIN)/noisy-student up
+
+fleet: install ## The containers' fleet as processes of this machine, without containers
+	@$(BIN)/python -m deploy
 
 test: install ## The tests that every change must pass (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile

@@ -41,18 +41,21 @@ def demo(
     iterations: Annotated[int, typer.Option(help="How many students follow each other.", min=1)] = 2,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the service running at the end.")] = False,
 ) -> int:
-    """See the whole loop on 1 797 real handwritten digits: teacher, pseudo-labels, students, promotion, predictions."""
+    """See the whole loop on 1 797 real handwritten digits: teacher, pseudo-labels, students, promotion, predictions.
+
+    With --url on a service that runs already; the folder `datasets` in --directory must be one of its dataset roots.
+    """
     started = time.monotonic()
-    output = get_invocation(context).output
+    given = get_invocation(context)
+    output = given.output
     settings = Settings(data_directory=directory.resolve())
+    if given.url is not None:
+        code = _show_the_loop(given, _write_digits(settings, output, seed=seed), seed=seed, iterations=iterations)
+        output.say(f"\nthe demo took {show_duration(time.monotonic() - started)}")
+        return code
     if is_locked(settings.data_directory / "lock"):
         raise DataDirectoryRefused(f"a service is running over {directory}; stop it, or name another folder with --directory")
-    folders = write_digits(settings.data_directory / "datasets" / f"digits-{seed}", seed=seed)
-    output.say(
-        f"scikit-learn's digits as PNG files in {folders.labeled.parent}:\n"
-        f"  {folders.num_labeled} labeled ({LABELED_PER_CLASS} of each digit), {folders.num_unlabeled} without labels, "
-        f"{folders.num_test} for testing"
-    )
+    folders = _write_digits(settings, output, seed=seed)
     with running_service(settings, output, keep=keep) as client:
         invocation = Invocation(url=client.url, key=None, output=output)
         invocation.client = client
@@ -61,6 +64,16 @@ def demo(
             _say_what_next(output, client.url, settings, keep=keep)
     output.say(f"\nthe demo took {show_duration(time.monotonic() - started)}")
     return code
+
+
+def _write_digits(settings: Settings, output: Output, *, seed: int) -> DigitFolders:
+    folders = write_digits(settings.data_directory / "datasets" / f"digits-{seed}", seed=seed)
+    output.say(
+        f"scikit-learn's digits as PNG files in {folders.labeled.parent}:\n"
+        f"  {folders.num_labeled} labeled ({LABELED_PER_CLASS} of each digit), {folders.num_unlabeled} without labels, "
+        f"{folders.num_test} for testing"
+    )
+    return folders
 
 
 def _show_the_loop(invocation: Invocation, folders: DigitFolders, *, seed: int, iterations: int) -> int:

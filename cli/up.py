@@ -69,9 +69,12 @@ def _put_into_environment(*, port: int | None, host: str | None, dataset_roots: 
     os.environ.update({f"NOISY_STUDENT_{name}": value for name, value in given.items()})
 
 
-def prepare_data_directory(settings: Settings) -> None:
-    """Make the folders; DataDirectoryRefused when that is not possible."""
+def prepare_data_directory(settings: Settings, *, restoring: bool = False) -> None:
+    """Make the folders; DataDirectoryRefused when that is not possible, or when a restore into them was cut off."""
     directory = settings.data_directory
+    if not restoring and settings.restore_marker.exists():
+        backup = settings.restore_marker.read_text(encoding="utf-8").strip()
+        raise DataDirectoryRefused(f"a restore into {directory} was not finished: run `noisy-student restore {backup}` again")
     probe = directory / f".writable-{os.getpid()}"
     try:
         for folder in (directory, directory / "datasets", settings.objects_directory, settings.attempts_directory):

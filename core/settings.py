@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from core.errors import SetupError
+
+PREFIX = "NOISY_STUDENT_"
+
+
+class SecretFiles(PydanticBaseSettingsSource):
+    """`NOISY_STUDENT_<NAME>_FILE` names a file that holds the value: that is how containers are handed secrets."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002  pydantic-settings' signature
+        """The file's content without the white space around it; SetupError when it cannot be read."""
+        variable = f"{PREFIX}{field_name.upper()}_FILE"
+        path = os.environ.get(variable)
+        if not path:
+            return None, field_name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
+        except OSError as error:
+            raise SetupError(f"{variable} names {path}, which cannot be read: {error.strerror}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        """Every field that has such a file."""
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Settings(BaseSettings):
-    """Read from the environment once, at a process's start."""
+    """Read from the environment once, at a process's start. An empty variable counts as none."""
 
-    model_config = SettingsConfigDict(env_prefix="NOISY_STUDENT_", extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True)
 
     data_directory: Path = Path("noisy-student-data")
     """Where rows (unless `database_url` says otherwise), files and logs live."""
@@ -62,6 +87,18 @@ class Settings(BaseSettings):
     """Threads that decode and predict; 0: one more than there are cores, because now and then each waits for the interpreter."""
     predict_deadline_seconds: Annotated[float, Field(gt=0)] = 10.0
     """A request that waited longer is answered 503 instead of late."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  pydantic-settings' signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  likewise
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then variables, then the files that variables name."""
+        return init_settings, env_settings, SecretFiles(settings_cls)
 
     @field_validator("dataset_roots", mode="before")
     @classmethod
@@ -112,6 +149,11 @@ class Settings(BaseSettings):
     def key_file(self) -> Path:
         """The first admin key, readable by its owner only; the CLI finds it here by itself."""
         return self.data_directory / "admin.key"
+
+    @property
+    def restore_marker(self) -> Path:
+        """There while a restore is not finished; nothing starts over this directory then."""
+        return self.data_directory / "restore-unfinished"
 
     @property
     def service_file(self) -> Path:

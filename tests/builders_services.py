@@ -40,13 +40,13 @@ def _die_with_tests() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _find_postgresql(program: str) -> str:
+def find_postgresql(program: str) -> str:
     found = [*sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), reverse=True), *map(Path, filter(None, [shutil.which(program)]))]
     assert found, f"PostgreSQL's {program} is missing: install the package `postgresql`; these tests need the real one"
     return str(found[0])
 
 
-def _unprivileged_user() -> str | None:
+def unprivileged_user() -> str | None:
     """PostgreSQL refuses to run as root."""
     if os.getuid() != 0:
         return None
@@ -54,7 +54,7 @@ def _unprivileged_user() -> str | None:
     return "postgres" if "postgres" in known else "nobody"
 
 
-def _running_as(user: str | None) -> dict[str, Any]:
+def running_as(user: str | None) -> dict[str, Any]:
     return {} if user is None else {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
 
 
@@ -63,19 +63,19 @@ def running_postgresql() -> Iterator[str]:
     """A server of its own; yields a directory of its socket. Its data is never flushed to the disk: it lives for one session."""
     # Sockets have short names, so the folder of the test may be too deep.
     directory = Path(tempfile.mkdtemp(prefix="nss-pg-", dir="/tmp"))
-    user = _unprivileged_user()
+    user = unprivileged_user()
     if user is not None:
         shutil.chown(directory, user)
     data = directory / "data"
-    initdb = [_find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
-    server = [_find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
+    initdb = [find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
+    server = [find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
     server += ["-c", "max_connections=200", "-c", "shared_buffers=32MB"]
     process = None
     try:
-        subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **_running_as(user))
+        subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **running_as(user))
         with (directory / "log").open("wb") as log:
             options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": _die_with_tests}
-            process = subprocess.Popen(server, **options, **_running_as(user))
+            process = subprocess.Popen(server, **options, **running_as(user))
         wait_until(lambda: _postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
         yield str(directory)
     finally:

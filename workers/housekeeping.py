@@ -15,7 +15,7 @@ from core.db.files import find_named_digests
 from core.db.jobs import lose_expired
 from core.db.session import Database, now
 from core.db.tables import Generation, Job
-from core.db.workers import forget_old_messages, hint_again, hold_singleton, list_unpublished, mark_published, release_singleton
+from core.db.workers import forget_old_messages, hint_again, hold_singleton, is_held, list_unpublished, mark_published, release_singleton
 from core.errors import ServiceError
 from core.lifecycle import JOB_TERMINAL
 from core.logs import get_log
@@ -25,6 +25,8 @@ from core.storage import Storage
 from workers import controller
 
 SINGLETON = "housekeeping"
+BACKUP = "backup"
+"""Held while a backup is made: no stored file is removed then."""
 SINGLETON_SECONDS = 6.0
 RELAY_SECONDS = 0.15
 HINT_AGAIN_SECONDS = 10.0
@@ -185,6 +187,8 @@ class Housekeeping:
         grace = self._settings.orphan_grace_seconds
         for digests in _in_batches(self._storage.list_old(older_than_seconds=grace, now_seconds=time.time())):
             with self._database.reading() as session:
+                if is_held(session, BACKUP):
+                    return
                 named = find_named_digests(session, digests)
             for digest in set(digests) - named:
                 self._storage.remove(digest, unless_touched_within_seconds=grace)

@@ -44,16 +44,23 @@ def current_revision(database: Database) -> str | None:
         return revision
 
 
-def migrate(database: Database) -> None:
-    """Bring the database to the newest revision; nothing happens when it is there. Two callers at once take turns."""
+def migrate(database: Database, *, to: str = "head") -> None:
+    """Bring the database to the newest revision, or `to` an older one; nothing happens when it is there.
+
+    Two callers at once take turns. SchemaMismatch for a revision that this version does not know.
+    """
     from alembic import command
+    from alembic.util import CommandError
 
     with database.engine().begin() as connection:
         if not database.is_sqlite:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(748201)"))
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, to)
+        except CommandError as error:
+            raise SchemaMismatch(f"schema {to} is not known to this version, which has {newest_revision()}: {error}") from error
 
 
 def check_schema(database: Database) -> None:

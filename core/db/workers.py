@@ -69,6 +69,13 @@ def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) 
     return session.execute(query.returning(SingletonLease.holder)).scalar_one_or_none() == holder
 
 
+def is_held(session: Session, name: str) -> bool:
+    """Whether somebody has that lease now."""
+    return (
+        session.scalar(sa.select(SingletonLease.name).where(SingletonLease.name == name, SingletonLease.until > now(session))) is not None
+    )
+
+
 def release_singleton(session: Session, name: str, *, holder: str) -> None:
     """Let the next one have it at once."""
     session.execute(sa.delete(SingletonLease).where(SingletonLease.name == name, SingletonLease.holder == holder))

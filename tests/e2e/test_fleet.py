@@ -1,0 +1,166 @@
+"""`make fleet`: the Compose file's commands as processes, losing one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.processes import Processes, Service, embedded, free_port, wait_until
+from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
+
+pytestmark = pytest.mark.timeout(1500)
+
+MEMBERS = {"postgres", "redis", "storage", "proxy", "api-1", "api-2", "predictor-1", "predictor-2", "worker-1", "worker-2", "worker-3"}
+# Long enough that every member dies once before the run has ended.
+LONG = {
+    **RECIPE,
+    "teacher": {
+        "training": {"steps": 3000, "batch_size": 18, "evaluate_every_steps": 500, "ema_decay": 0.9, "checkpoint_every_seconds": 2}
+    },
+    "iterations": {"control": False},
+}
+
+
+class PatientService(Service):
+    """A client that asks again while something behind the address is being started anew; what starts work is sent with a key."""
+
+    def get(self, path: str, **params: Any) -> Any:
+        def answer() -> httpx.Response | None:
+            with contextlib.suppress(httpx.TransportError):
+                response = self.client.get(path, params=params)
+                return response if response.status_code < 500 else None
+            return None
+
+        response: httpx.Response = wait_until(answer, seconds=90, what=f"an answer of {path}")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@dataclass
+class RunningFleet:
+    """The runner's process, and what it wrote about its members."""
+
+    directory: Path
+    runner: subprocess.Popen[bytes]
+    service: PatientService
+
+    def pids(self) -> dict[str, int]:
+        state = json.loads((self.directory / "fleet.json").read_text(encoding="utf-8"))
+        return {name: facts["pid"] for name, facts in state["processes"].items()}
+
+    def kill(self, name: str) -> int:
+        pid = self.pids()[name]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def wait_for_another(self, name: str, pid: int) -> None:
+        wait_until(lambda: self.pids().get(name, pid) != pid, seconds=60, what=f"another process of {name}")
+
+
+@contextlib.contextmanager
+def running_fleet(directory: Path, *words: str) -> Iterator[RunningFleet]:
+    port = free_port()
+    log = directory / "fleet.log"
+    command = [sys.executable, "-m", "deploy", "--directory", str(directory / "fleet"), "--port", str(port), *words]
+    with log.open("wb") as file:
+        runner = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    service = PatientService(Processes(directory, {}), port=port, data_directory=directory / "fleet")
+    try:
+        wait_until(lambda: _shown_key(log) or runner.poll() is not None, seconds=240, what="the fleet's start")
+        shown = _shown_key(log)
+        assert shown, log.read_text()
+        service.use_key(shown)
+        yield RunningFleet(directory / "fleet", runner, service)
+    finally:
+        service.client.close()
+        runner.send_signal(signal.SIGINT)
+        runner.wait(120)
+
+
+def _shown_key(log: Path) -> str:
+    words = log.read_text(encoding="utf-8", errors="replace").split()
+    found = [word.partition("=")[2] for word in words if word.startswith("NOISY_STUDENT_API_KEY=")]
+    return found[0] if found else ""
+
+
+def is_there(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_the_compose_files_fleet_starts_serves_behind_one_address_and_ends(tmp_path: Path) -> None:
+    with running_fleet(tmp_path) as fleet:
+        pids = fleet.pids()
+        folders = write_folders(fleet.directory / "datasets")
+        fleet.service.register("labeled", "labeled", folders["labeled"])
+        before = {name: fleet.service.get("/readyz")["status"] for name in ("once", "twice")}
+        killed = fleet.kill("api-1")
+        after = [fleet.service.client.get("/api/v1/datasets").status_code for _ in range(20)]
+        fleet.wait_for_another("api-1", killed)
+        unpromoted = fleet.service.client.post("/predict", content=b"x", headers={"Content-Type": "application/octet-stream"})
+        workers = fleet.service.get("/api/v1/workers")["items"]
+
+    assert set(pids) == MEMBERS
+    assert set(before.values()) == {"ready"}
+    assert set(after) == {200}
+    assert unpromoted.status_code == 503
+    assert len([worker for worker in workers if worker["alive"]]) == 3
+    assert fleet.runner.returncode == 0
+    assert [name for name, pid in pids.items() if is_there(pid)] == []
+
+
+def outcome_of(service: Service, run_id: str) -> dict[str, Any]:
+    """What a run of one iteration made, down to weights and selected images."""
+    run = service.get(f"/api/v1/runs/{run_id}")
+    assert run["status"] == "completed", run
+    first, second = sorted(run["iterations"], key=lambda iteration: iteration["number"])
+    set_id = second["pseudo_label_set_id"]
+    generations = [service.get(f"/api/v1/generations/{one['generation_id']}") for one in (first, second)]
+    return {
+        "digests": [generation["digest"] for generation in generations],
+        "metrics": [generation["metrics"]["test"]["top1"] for generation in generations],
+        "selected": [
+            (item["key"], item["class_name"]) for item in service.get(f"/api/v1/pseudo-label-sets/{set_id}/items", limit=200)["items"]
+        ],
+        "counts": service.get(f"/api/v1/pseudo-label-sets/{set_id}/counts"),
+    }
+
+
+def wait_for_run(service: Service, run_id: str, *, seconds: float) -> None:
+    def ended() -> bool:
+        status = service.get(f"/api/v1/runs/{run_id}")["status"]
+        assert status in ("active", "completed"), service.get(f"/api/v1/runs/{run_id}")
+        return bool(status == "completed")
+
+    wait_until(ended, seconds=seconds, what=f"the end of {run_id}")
+
+
+@pytest.mark.long
+def test_each_member_killed_in_turn_changes_nothing_but_time(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path / "images")
+    with embedded(tmp_path, roots=tmp_path / "images") as service:
+        run = start_run(service, folders, iterations=1, recipe=LONG)
+        wait_for_run(service, run["id"], seconds=600)
+        undisturbed = outcome_of(service, run["id"])
+
+    with running_fleet(tmp_path, "--environment", "NOISY_STUDENT_LEASE_SECONDS=6") as fleet:
+        folders = write_folders(fleet.directory / "datasets")
+        run = start_run(fleet.service, folders, iterations=1, recipe=LONG)
+        for name in sorted(MEMBERS):
+            pid = fleet.kill(name)
+            fleet.wait_for_another(name, pid)
+            fleet.service.get(f"/api/v1/runs/{run['id']}")
+        wait_for_run(fleet.service, run["id"], seconds=900)
+        disturbed = outcome_of(fleet.service, run["id"])
+
+    assert disturbed == undisturbed
