@@ -48,7 +48,7 @@ ENV NOISY_STUDENT_PORT=8001
 EXPOSE 8001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8001/readyz', timeout=4)"]
-CMD ["python", "-m", "server.predictions"]
+CMD ["python", "-m", "server", "--predictor"]
 
 FROM base AS worker
 COPY requirements/worker.txt /tmp/requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -41,6 +42,24 @@ def append_events(session: Session, job: Job, items: Sequence[tuple[str, dict[st
         for offset, (kind, data) in enumerate(items, start=1)
     ]
     session.execute(sa.insert(Event), rows)
+
+
+def append_first_events(session: Session, jobs: Sequence[Job], *, at: datetime) -> None:
+    """The `queued` event of jobs that were inserted in this transaction with `num_events` 1: a few statements, however many jobs."""
+    run_numbers: dict[str, int] = {}
+    for run_id, number in Counter(job.run_id for job in jobs if job.run_id is not None).items():
+        raised = sa.update(Run).where(Run.id == run_id).values(num_events=Run.num_events + number).returning(Run.num_events)
+        run_numbers[run_id] = session.execute(raised).scalar_one() - number
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        run_number = None
+        if job.run_id is not None:
+            run_numbers[job.run_id] = run_number = run_numbers[job.run_id] + 1
+        data = {"kind": job.kind, "step": job.step, "part": job.part}
+        shared = {"run_id": job.run_id, "run_number": run_number, "attempt": 0, "kind": "queued", "data": data, "at": at}
+        rows.append({"job_id": job.id, "number": 1, **shared})
+    if rows:
+        session.execute(sa.insert(Event), rows)
 
 
 def list_job_events(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.events import append_events
+from core.db.events import append_events, append_first_events
 from core.db.session import now
 from core.db.tables import Iteration, Job, OutboxMessage, Run, Worker
 from core.errors import NotFound, WrongState
@@ -45,13 +45,12 @@ def enqueue(session: Session, wanted: Sequence[NewJob]) -> list[Job]:
     jobs = []
     for one in wanted:
         values = {name: getattr(one, name) for name in NewJob.__dataclass_fields__}
-        jobs.append(Job(**values, status="queued", attempt=0, token=0, lost_attempts=0, num_events=0, created_at=moment))
+        jobs.append(Job(**values, status="queued", attempt=0, token=0, lost_attempts=0, num_events=1, created_at=moment))
     session.add_all(jobs)
     session.flush()
-    for job in jobs:
-        append_events(session, job, [("queued", {"kind": job.kind, "step": job.step, "part": job.part})], at=moment)
-        _hint(session, job, moment)
-    session.flush()
+    append_first_events(session, jobs, at=moment)
+    if jobs:
+        session.execute(sa.insert(OutboxMessage), [{"job_id": job.id, "queue": job.capability, "created_at": moment} for job in jobs])
     return jobs
 
 

@@ -17,7 +17,8 @@ import yaml
 from typer.main import get_command
 
 from core.settings import Settings
-from server.app import create_app
+from deploy.compose_file import fill_in
+from server.app import create_app, create_predictor
 from tests.architecture.sources import REPOSITORY
 
 COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def environment_of(service: dict[str, Any]) -> dict[str, str]:
         for value in stage.values("ENV"):
             merged |= dict(part.split("=", 1) for part in shlex.split(value))
     merged |= service.get("environment", {})
-    return {name: re.sub(r"\$\{(\w+)[^}]*\}", "0123abcd", value) for name, value in merged.items()}
+    return {name: fill_in(value, {"POSTGRES_PASSWORD": "0123abcd"}) for name, value in merged.items()}
 
 
 def chain(target: str) -> list[Stage]:
@@ -142,17 +143,40 @@ def test_a_worker_consumes_a_known_queue_and_may_finish_its_checkpoint(name: str
     assert int(service["stop_grace_period"].removesuffix("s")) > float(environment[f"{PREFIX}GRACE_SECONDS"])
 
 
-def test_the_health_check_asks_a_route_that_exists_on_the_port_that_is_published(tmp_path: Path) -> None:
-    [from_image] = STAGES["api"].values("HEALTHCHECK")
-    compose_test = SERVICES["api"]["healthcheck"]["test"]
-    port = environment_of(SERVICES["api"])[f"{PREFIX}PORT"]
+@pytest.mark.parametrize("name", ["api", "predictor"])
+def test_the_health_check_asks_a_route_that_exists_on_the_port_that_the_process_has(name: str, tmp_path: Path) -> None:
+    [from_image] = STAGES[name].values("HEALTHCHECK")
+    compose_test = SERVICES[name]["healthcheck"]["test"]
+    port = environment_of(SERVICES[name])[f"{PREFIX}PORT"]
     url = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", compose_test[-1])
 
     assert url is not None
     assert url[0] in from_image
-    assert url[1] == port == STAGES["api"].values("EXPOSE")[0]
-    assert all(mapping.endswith(f":{port}") for mapping in SERVICES["api"]["ports"])
-    assert url[2] in create_app(Settings(data_directory=tmp_path)).openapi()["paths"]
+    assert url[1] == port == STAGES[name].values("EXPOSE")[0]
+    make_app = create_predictor if name == "predictor" else create_app
+    assert url[2] in make_app(Settings(data_directory=tmp_path)).openapi()["paths"]
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-cuda"])
+def test_the_health_check_of_a_worker_exists(name: str) -> None:
+    test = SERVICES[name]["healthcheck"]["test"]
+
+    assert test[0] == "CMD"
+    assert_command_exists(test[1:])
+    assert json.dumps(test[1:]) in STAGES["worker"].values("HEALTHCHECK")[0]
+
+
+def test_the_proxy_sends_to_the_ports_that_the_replicas_listen_on() -> None:
+    text = (REPOSITORY / "deploy/haproxy.cfg").read_text(encoding="utf-8")
+    targets = dict(re.findall(r"server-template \w+ \d+ (\w+):(\d+)", text))
+
+    assert targets == {name: environment_of(SERVICES[name])[f"{PREFIX}PORT"] for name in ("api", "predictor")}
+    assert re.findall(r"bind :(\d+)", text) == [mapping.rpartition(":")[2] for mapping in SERVICES["proxy"]["ports"]]
+    assert "uri /readyz" in text
+    [mount] = SERVICES["proxy"]["volumes"]
+    assert (REPOSITORY / mount.split(":")[0]).is_file()
+    assert mount.split(":")[1] == SERVICES["proxy"]["command"][-1]
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["proxy"]
 
 
 def test_everything_waits_for_a_healthy_database_and_finished_migrations() -> None:
@@ -181,12 +205,13 @@ def test_an_image_ends_as_a_user_who_is_not_root(target: str) -> None:
     assert any(users[-1] in command for stage in chain(target) for command in stage.values("RUN") if "useradd" in command)
 
 
-@pytest.mark.parametrize(("target", "lock"), [("api", "api"), ("worker", "worker")])
+@pytest.mark.parametrize(("target", "lock"), [("api", "api"), ("predictor", "api"), ("worker-cpu", "worker"), ("worker-cuda", "worker")])
 def test_an_image_installs_its_own_lock_by_hash(target: str, lock: str) -> None:
-    stage = STAGES[target]
+    stages = chain(target)
 
-    assert any(value.startswith(f"requirements/{lock}.txt ") for value in stage.values("COPY"))
-    assert any("pip install --require-hashes" in value for value in stage.values("RUN"))
+    copied = [value.split()[0] for stage in stages for value in stage.values("COPY") if value.startswith("requirements/")]
+    assert copied == [f"requirements/{lock}.txt"]
+    assert any("pip install --require-hashes" in value for stage in stages for value in stage.values("RUN"))
 
 
 def test_everything_that_is_copied_exists_and_is_let_through_to_the_build() -> None:
