@@ -19,9 +19,9 @@ from cli.processes import check_port, is_locked
 from cli.verify import count_rows, find_defects
 from core.db.schema import check_schema
 from core.db.session import Database
-from core.errors import PortInUse, SchemaMismatch, SetupError
+from core.errors import PortInUse, SchemaMismatch, SetupError, StorageError
 from core.settings import Settings
-from core.storage import LocalStorage
+from core.storage import make_storage
 
 LEAST_MEMORY_GB = 2.0
 LEAST_DISK_GB = 5.0
@@ -68,7 +68,7 @@ def _verify(invocation: Invocation) -> int:
     database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
     try:
         check_schema(database)
-        storage = LocalStorage(settings.objects_directory)
+        storage = make_storage(settings)
         defects = find_defects(database, storage, orphan_seconds=settings.orphan_grace_seconds)
         counts = count_rows(database)
     except sa.exc.SQLAlchemyError as error:
@@ -175,6 +175,18 @@ def _first_line(error: sa.exc.SQLAlchemyError) -> str:
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
+def _storage(settings: Settings) -> Look:
+    if settings.storage_url is None:
+        yield Finding("storage", "ok", "in the data directory")
+        return
+    try:
+        make_storage(settings).check()
+    except (SetupError, StorageError) as error:
+        yield Finding("storage", "bad", error.message)
+    else:
+        yield Finding("storage", "ok", f"{settings.storage_url} at {settings.s3_endpoint_url or 'AWS'} answers")
+
+
 def _redis(settings: Settings) -> Look:
     if settings.redis_url is None:
         yield Finding("redis", "ok", "not used; the worker looks into the database")
@@ -211,4 +223,4 @@ def _port(settings: Settings) -> Look:
         yield Finding("port", "ok", f"{local_url(settings)} is free")
 
 
-LOOKS: tuple[Callable[[Settings], Look], ...] = (_python, _packages, _cores, _memory, _data_directory, _database, _redis, _port)
+LOOKS: tuple[Callable[[Settings], Look], ...] = (_python, _packages, _cores, _memory, _data_directory, _database, _storage, _redis, _port)

@@ -44,6 +44,15 @@ class Settings(BaseSettings):
     """Where rows (unless `database_url` says otherwise), files and logs live."""
     database_url: str | None = None
     """`postgresql://…`; None keeps an SQLite file in the data directory."""
+    storage_url: str | None = None
+    """`s3://BUCKET/PREFIX` keeps stored files in a bucket, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or whatever else boto3 finds;
+    None keeps them in the data directory, which hosts of a fleet must then share."""
+    s3_endpoint_url: str | None = None
+    """`https://…` of a store that speaks like S3; None is AWS."""
+    s3_region: str | None = None
+    """Region of the bucket; None is the one that boto3 finds."""
+    cache_max_bytes: Annotated[int, Field(gt=0)] = 50_000_000_000
+    """Room for this host's copies of files from the bucket. Those that were used within the last hour stay even beyond it."""
     redis_url: str | None = None
     """`redis://…` of the Celery broker; None is the embedded service, whose worker polls the database."""
     dataset_roots: Annotated[tuple[Path, ...], NoDecode] = ()

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from core.db.api_keys import get_shared_secret
 from core.db.session import Database
 from core.settings import Settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage, make_storage
 from server.auth import KeyRing, Principal
 from server.metrics import Metrics
 from server.pages import Cursors
@@ -28,7 +28,7 @@ class Services:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.database = Database(settings.resolved_database_url)
-        self.storage: Storage = LocalStorage(settings.objects_directory)
+        self.storage: Storage = make_storage(settings)
         self.keys = KeyRing(self.database)
         self.metrics = Metrics()
         self.progress = ProgressHub(self.database)

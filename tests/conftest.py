@@ -12,7 +12,7 @@ import pytest
 from core.db.schema import migrate
 from core.db.session import Database
 from core.settings import Settings
-from tests.builders_services import create_database, running_postgresql, running_redis
+from tests.builders_services import S3Server, create_database, running_postgresql, running_redis, running_s3
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +70,26 @@ def redis_url() -> Iterator[str]:
     """A Redis server of this test's own, so that flushing it disturbs nobody."""
     with running_redis() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A store for tests that leave it running; each takes buckets of its own."""
+    with running_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of the tests' stores, and no others that this machine may know."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3Server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3Server.secret_key)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, s3_credentials: None) -> str:
+    """A bucket of this test's own, whose credentials are in the environment."""
+    return s3_server.make_bucket(f"bucket-{uuid4().hex}")

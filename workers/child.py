@@ -93,5 +93,5 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """The worker's own, without its settings: database, broker and key stay outside of the process that opens people's files."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("NOISY_STUDENT_", "CELERY_", "PG"))}
+    """The worker's own, without its settings: database, broker, bucket and keys stay outside of the process that opens people's files."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("NOISY_STUDENT_", "CELERY_", "PG", "AWS_"))}

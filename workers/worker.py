@@ -8,7 +8,7 @@ from core.db.schema import check_schema
 from core.db.session import Database
 from core.queue import make_queue
 from core.settings import Settings
-from core.storage import LocalStorage
+from core.storage import make_storage
 from workers.housekeeping import Housekeeping
 from workers.supervisor import Supervisor, make_name
 
@@ -22,7 +22,7 @@ class FullWorker:
         """SchemaMismatch when the database is not the code's. `on_crash` must bring the process to call `stop`."""
         self.database = Database(settings.resolved_database_url)
         check_schema(self.database)
-        storage, name = LocalStorage(settings.objects_directory), make_name(settings)
+        storage, name = make_storage(settings), make_name(settings)
         queue = make_queue(settings.redis_url)
         self.housekeeping = Housekeeping(settings, self.database, storage, queue, holder=name, on_crash=self._report_crash)
         self.supervisor = Supervisor(

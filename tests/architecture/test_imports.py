@@ -19,6 +19,8 @@ DOORS = {
     "safetensors": {"ml.models", "ml.export"},
     "celery": {"core.queue", "workers.app", "workers.tasks"},
     "kombu": {"core.queue"},
+    "boto3": {"core.storage.s3"},
+    "botocore": {"core.storage.s3"},
     # The doctor knocks on every door to say which one stays shut.
     "redis": {"core.queue", "cli.doctor"},
 }
@@ -68,13 +70,13 @@ def test_the_ring_loads_pillow_and_numpy_but_no_tensors() -> None:
 def test_the_supervisor_holds_neither_tensors_nor_arrays_nor_the_web() -> None:
     loaded = modules_after("workers.supervisor", "workers.housekeeping", "workers.controller")
 
-    assert loaded & {*TENSORS, "numpy", "pyarrow", "PIL", "fastapi", "starlette", "uvicorn"} == set()
+    assert loaded & {*TENSORS, "numpy", "pyarrow", "PIL", "fastapi", "starlette", "uvicorn", "boto3", "botocore"} == set()
 
 
 def test_the_api_holds_no_tensors() -> None:
     loaded = modules_after("server.app")
 
-    assert loaded & {*TENSORS, "onnx", "onnxscript", "celery", "alembic", "pyarrow", "sklearn"} == set()
+    assert loaded & {*TENSORS, "onnx", "onnxscript", "celery", "alembic", "pyarrow", "sklearn", "boto3", "botocore"} == set()
 
 
 def test_migrations_import_alembic_and_sqlalchemy_only() -> None:
