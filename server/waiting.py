@@ -82,14 +82,8 @@ class Fleet:
             return Reason("protocol_too_new", message)
         slots, free = sum(worker.slots for worker in reading), self.free_slots(reading)
         if free == 0:
-            return Reason("slots_busy", f"a free slot: {_all_of(slots)} with capability {capability} {'is' if slots == 1 else 'are'} busy")
-        return Reason(
-            "starting", f"a worker's next look: {free} of {slots} slots with capability {capability} {'is' if free == 1 else 'are'} free"
-        )
-
-
-def _all_of(slots: int) -> str:
-    return "the only slot" if slots == 1 else f"all {slots} slots"
+            return Reason("slots_busy", f"a free slot (with capability {capability}: 0 of {slots})")
+        return Reason("starting", f"a worker's next look (free slots with capability {capability}: {free} of {slots})")
 
 
 def live_workers(session: Session, settings: Settings) -> sa.Select[Worker]:
