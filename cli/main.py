@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cli import backup, datasets, demo, doctor, generations, jobs, keys, predict, restore, runs, up, watch
+from cli import backup, datasets, demo, doctor, generations, jobs, keys, predict, restore, runs, up, watch, workers
 from cli.client import ApiProblem, JobFailed, NotReachable
 from cli.invocation import DATA_DIRECTORY_VARIABLE, Invocation
 from cli.output import Output
@@ -67,6 +67,7 @@ app.command("promote")(generations.promote)
 app.command("rollback")(generations.rollback)
 app.command("predict")(predict.predict)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(workers.app, name="workers")
 app.add_typer(keys.app, name="keys")
 app.command("backup")(backup.backup)
 app.command("restore")(restore.restore)

@@ -39,6 +39,7 @@ def start(
     iterations: Annotated[str | None, typer.Option(help="A number, or `manual` [default: the recipe's].")] = None,
     name: Annotated[str | None, typer.Option(help="A word for people.")] = None,
     initial_generation: Annotated[str | None, typer.Option(help="A generation that takes the first teacher's place.")] = None,
+    priority: Annotated[int, typer.Option(help="Jobs of the higher one are started first.", min=-100, max=100)] = 0,
     follow: Watch = False,
 ) -> int:
     """Start a run: a teacher from the labels, then iterations of pseudo-labels and students."""
@@ -49,6 +50,7 @@ def start(
         "recipe": set_values(_read_recipe(recipe), values or []),
         "name": name,
         "initial_generation": initial_generation,
+        "priority": priority,
     }
     if iterations is not None:
         body["iterations"] = parse_iterations(iterations)

@@ -40,6 +40,26 @@ class CeleryQueue:
             raise ConnectionError(f"the broker is away: {error}") from error
 
 
+class HintBox:
+    """A look at the hints that lie in the broker, past Celery: they tell whether anybody consumes."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._app = make_celery(redis_url)
+
+    def find_oldest(self, capability: str) -> bytes | None:
+        """The hint of this capability that has lain there longest, as it is; None when there is none. OSError when the broker is away."""
+        from kombu.exceptions import OperationalError
+        from redis.exceptions import RedisError
+
+        try:
+            with self._app.connection_for_read() as connection:
+                # kombu pushes on the left and pops on the right.
+                found: bytes | None = connection.default_channel.client.lindex(capability, -1)
+                return found
+        except (OperationalError, RedisError) as error:
+            raise ConnectionError(f"the broker is away: {error}") from error
+
+
 def make_celery(redis_url: str) -> Celery:
     """The one Celery configuration: ack early, prefetch 1, JSON, no results, no remote control (docs/decisions/0001)."""
     from celery import Celery

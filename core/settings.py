@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     capabilities: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
     """What this host can do (`cpu`, `cuda`), separated by `,`. Where it is not set, an embedded worker adds `cuda` when it finds an
     NVIDIA driver with a GPU; a Celery worker offers the queues of its `-Q`."""
+    consumer_patience_seconds: Annotated[float, Field(gt=0)] = 90.0
+    """A hint that lies in the broker for this long while a slot is idle means that Celery's consumer has stopped: the worker ends, so that
+    a fresh one takes over. Must cover the longest pause before Celery connects to Redis again, 30 seconds."""
     orphan_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
     """Age at which a stored file that no row names is removed."""
     predict_max_bytes: Annotated[int, Field(gt=0)] = 20_000_000
@@ -153,6 +156,11 @@ class Settings(BaseSettings):
     def cache_directory(self) -> Path:
         """Folders made from stored files; may be deleted at any time."""
         return self.data_directory / "cache"
+
+    @property
+    def workers_directory(self) -> Path:
+        """A small file a worker, by which `python -m workers.health` tells that it is alive."""
+        return self.data_directory / "workers"
 
     @property
     def key_file(self) -> Path:

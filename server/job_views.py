@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any
 
-import sqlalchemy as sa
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from core.db.session import now
-from core.db.tables import Job, Run, Worker
+from core.db.tables import Job
 from core.settings import Settings
 from server.idempotency import Answer
+from server.waiting import explain_jobs
 
-SILENT_SECONDS = 60.0
-"""A worker that was not seen for this long (or for a lease, if that is longer) counts as gone."""
+Priority = Annotated[int, Field(ge=-100, le=100)]
+"""As requests give it; what belongs to the method itself may lie one lower."""
 
 EXAMPLE_JOB: dict[str, Any] = {
     "id": "job_01m7wgtp6pa1j284j9dq3wthn2",
@@ -31,6 +30,7 @@ EXAMPLE_JOB: dict[str, Any] = {
     "max_attempts": 4,
     "capability": "cpu",
     "priority": 0,
+    "protocol": 1,
     "progress": {"step": 1200, "steps": 6000},
     "result": None,
     "error": None,
@@ -65,6 +65,9 @@ class JobView(BaseModel):
     capability: str
     """What a worker must be able to do: `cpu` or `cuda`."""
     priority: int
+    """Higher ones come first; its run's, or its pseudo-label set's."""
+    protocol: int
+    """In which shape its input is written: only workers that read it take the job."""
     progress: dict[str, Any] | None
     """The latest report of the running attempt."""
     result: dict[str, Any] | None
@@ -91,7 +94,7 @@ def show_job(session: Session, job: Job, settings: Settings) -> JobView:
 def show_jobs(session: Session, jobs: Sequence[Job], settings: Settings) -> list[JobView]:
     """Jobs of one page; who waits for what is asked once for all of them."""
     queued = [job for job in jobs if job.status == "queued"]
-    reasons = _why_they_wait(session, queued, settings) if queued else {}
+    reasons = explain_jobs(session, queued, settings) if queued else {}
     return [
         JobView(**{name: getattr(job, name) for name in _COLUMNS}, waiting_for=reasons.get(job.id), resources=_resources(job))
         for job in jobs
@@ -114,28 +117,3 @@ def _resources(job: Job) -> dict[str, Any]:
     if job.pseudo_label_set_id is not None:
         resources["pseudo_label_set_id"] = job.pseudo_label_set_id
     return resources
-
-
-def live_workers(session: Session, settings: Settings) -> sa.Select[Worker]:
-    """Workers that neither said good-bye nor fell silent."""
-    oldest = now(session) - timedelta(seconds=max(SILENT_SECONDS, settings.lease_seconds))
-    return sa.select(Worker).where(Worker.stopped_at.is_(None), Worker.seen_at >= oldest)
-
-
-def _why_they_wait(session: Session, queued: Sequence[Job], settings: Settings) -> dict[str, str]:
-    moment = now(session)
-    runs = {job.run_id for job in queued if job.run_id is not None}
-    status_of_run = dict(session.execute(sa.select(Run.id, Run.status).where(Run.id.in_(runs))).all()) if runs else {}
-    capabilities = {name for worker in session.scalars(live_workers(session, settings)) for name in worker.capabilities}
-    reasons = {}
-    for job in queued:
-        run_status = status_of_run.get(job.run_id or "", "active")
-        if run_status != "active":
-            reasons[job.id] = f"its run is {run_status}"
-        elif job.not_before is not None and job.not_before > moment:
-            reasons[job.id] = f"a pause of {(job.not_before - moment).total_seconds():.0f} more seconds after a failed attempt"
-        elif job.capability not in capabilities:
-            reasons[job.id] = f"no worker with capability {job.capability}"
-        else:
-            reasons[job.id] = "a free slot"
-    return reasons

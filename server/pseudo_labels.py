@@ -21,6 +21,7 @@ from ml.config import LabelingConfig, RuntimeConfig, SelectionConfig
 from ml.validation import to_dict
 from server.dependencies import API, ServicesDep, make_router
 from server.idempotency import Answer, OnceDep
+from server.job_views import Priority
 from server.label_items import ItemFilter, read_items
 from server.openapi import problems
 from server.pages import Page, PageDep, read_page
@@ -55,6 +56,8 @@ class SetRequest(BaseModel):
     """Breaks ties and chooses repeats."""
     evaluation: Annotated[list[Reference], Field(max_length=20)] = Field(default_factory=list)
     """Evaluation datasets whose images (and near-duplicates) are kept out of the selection."""
+    priority: Priority = 0
+    """Of two waiting jobs the one of the higher priority is started first; the set's jobs have it."""
 
 
 class SetView(BaseModel):
@@ -76,6 +79,7 @@ class SetView(BaseModel):
     num_shards: int
     shards_done: int
     num_images: int
+    priority: int
     report: dict[str, Any] | None
     """What selection counted; null until the set is ready."""
     created_at: datetime
@@ -187,6 +191,7 @@ def create_pseudo_label_set(body: SetRequest, services: ServicesDep, once: OnceD
                 runtime=to_dict(runtime),
                 evaluation_version_ids=kept_out,
                 selection_generation_id=None if chooser is None else chooser.id,
+                priority=body.priority,
             )
             return Answer(_show(session, row), location=f"{API}/pseudo-label-sets/{row.id}")
 

@@ -60,6 +60,8 @@ class RunView(BaseModel):
     runtime: dict[str, Any] | None
     """On what it runs; recorded by its first job and kept."""
     iterations_wanted: int
+    priority: int
+    """Higher ones come first."""
     datasets: RunDatasets
     initial_generation_id: str | None
     stop_reason: str | None
@@ -112,6 +114,7 @@ def _show(session: Session, run: Run, iterations: list[IterationView]) -> RunVie
         recipe=run.recipe,
         runtime=run.runtime,
         iterations_wanted=run.iterations_wanted,
+        priority=run.priority,
         datasets=RunDatasets(
             labeled=run.labeled_version_id,
             unlabeled=run.unlabeled_version_id,

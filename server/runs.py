@@ -22,6 +22,7 @@ from ml.recipes import PRESETS, build_recipe
 from ml.validation import to_dict
 from server.dependencies import API, ServicesDep, make_router
 from server.idempotency import Answer, OnceDep
+from server.job_views import Priority
 from server.openapi import problems
 from server.pages import Page, PageDep, read_page
 from server.progress import RUN_EVENTS, EventPage, answer_events
@@ -70,6 +71,8 @@ class RunRequest(BaseModel):
     """Null takes the recipe's count; `manual` makes generation 0 and waits for `POST /runs/{id}/iterations`."""
     initial_generation: Annotated[str, Field(max_length=100)] | None = None
     """A generation that takes generation 0's place, so that no teacher is trained."""
+    priority: Priority = 0
+    """Of two waiting jobs the one of the higher priority is started first; the run's jobs have it. Nothing that runs is interrupted."""
 
 
 class ExtendRequest(BaseModel):
@@ -162,6 +165,7 @@ def _insert(session: Session, body: RunRequest, recipe: Recipe, iterations: int,
         validation=versions.validation,
         test=versions.test,
         initial_generation_id=body.initial_generation,
+        priority=body.priority,
     )
     return _accepted(session, run)
 

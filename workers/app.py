@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+import threading
 from typing import Any
 
 from celery import signals
 
 from core.errors import SetupError
 from core.logs import configure_logs, get_log
-from core.queue import make_celery
+from core.queue import HintBox, make_celery
 from core.settings import Settings
 from workers import tasks
+from workers.watchdog import Watchdog
 from workers.worker import FullWorker
 
 settings = Settings()
-app = make_celery(settings.redis_url or "redis://127.0.0.1:6379/0")
+redis_url = settings.redis_url or "redis://127.0.0.1:6379/0"
+app = make_celery(redis_url)
 # Supervisor and task live in one process: a forked one would have neither the slots nor the database.
 app.conf.update(worker_pool="threads", worker_concurrency=settings.slots, worker_redirect_stdouts=False)
 _worker: FullWorker | None = None
@@ -30,11 +32,35 @@ def start(sender: Any, **_: Any) -> None:
     configure_logs(json_lines=not sys.stderr.isatty())
     capabilities = tuple(sorted(sender.app.amqp.queues.consume_from))
     try:
-        _worker = FullWorker(settings, capabilities=capabilities, on_crash=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        _worker = FullWorker(settings, capabilities=capabilities, on_crash=give_up)
     except SetupError as error:
         get_log().error("worker.cannot_start", error=error.message)
         raise SystemExit(2) from error
     _worker.start()
+    watchdog = Watchdog(
+        HintBox(redis_url),
+        capabilities,
+        num_idle_slots=_worker.supervisor.num_idle_slots,
+        patience_seconds=settings.consumer_patience_seconds,
+        on_deaf=give_up,
+    )
+    watchdog.start()
+
+
+def give_up() -> None:
+    """This process cannot go on: hand over what it has, and end with status 1, so that a fresh one is started.
+
+    Not by way of Celery's own shutdown, which ends with 0 and needs the consumer's loop to turn.
+    """
+    threading.Thread(target=_hand_over_and_exit, name="give-up").start()
+
+
+def _hand_over_and_exit() -> None:
+    try:
+        if _worker is not None:
+            _worker.stop()
+    finally:
+        os._exit(1)
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -13,8 +14,9 @@ import sqlalchemy.exc
 
 from core.db.files import find_named_digests
 from core.db.jobs import lose_expired
+from core.db.runs import move_to_offered_devices
 from core.db.session import Database, now
-from core.db.tables import Generation, Job
+from core.db.tables import Generation, Job, Worker
 from core.db.workers import forget_old_messages, hint_again, hold_singleton, is_held, list_unpublished, mark_published, release_singleton
 from core.errors import ServiceError
 from core.lifecycle import JOB_TERMINAL
@@ -30,10 +32,13 @@ BACKUP = "backup"
 SINGLETON_SECONDS = 6.0
 RELAY_SECONDS = 0.15
 HINT_AGAIN_SECONDS = 10.0
+DEVICE_UNSEEN_SECONDS = 120.0
+"""A run whose device is open waits this long for the one that it was to have: as long as a worker may need to be started again."""
 SWEEP_SECONDS = 60.0
 KEEP_UNFINISHED_SECONDS = 7 * 24 * 3600.0
 """Checkpoints of failed and canceled jobs stay this long: a retry goes on from them."""
 KEEP_MESSAGES_SECONDS = 3600.0
+KEEP_SIGNS_SECONDS = 24 * 3600.0
 _BATCH = 200
 
 
@@ -134,6 +139,7 @@ class Housekeeping:
         moment = time.monotonic()
         if moment - self._hinted_at > HINT_AGAIN_SECONDS:
             self._hinted_at = moment
+            self.move_jobs()
             self.hint_again()
         self.relay()
         if moment - self._swept_at > SWEEP_SECONDS:
@@ -149,6 +155,16 @@ class Housekeeping:
         with self._database.transaction() as session:
             for job in lose_expired(session, backoff_seconds=self._settings.retry_backoff_seconds):
                 get_log().warning("job.lost", job_id=job.id, status=job.status, lost_attempts=job.lost_attempts)
+
+    def move_jobs(self) -> None:
+        """Let jobs of runs that left their device open go where workers are."""
+        moved = True
+        while moved:
+            with self._database.transaction() as session:
+                jobs = move_to_offered_devices(session, unseen_seconds=DEVICE_UNSEEN_SECONDS, limit=_BATCH)
+                moved = bool(jobs)
+            for job in jobs:
+                get_log().warning("job.moved", job_id=job.id, run_id=job.run_id, capability=job.capability)
 
     def relay(self) -> None:
         """Publish what the outbox holds; what the broker does not take stays. Publishing twice is harmless."""
@@ -175,8 +191,9 @@ class Housekeeping:
             hint_again(session, older_than_seconds=HINT_AGAIN_SECONDS)
 
     def sweep(self) -> None:
-        """Remove what nobody needs: unnamed files, folders of finished jobs, copies of deleted generations, old messages."""
+        """Remove what nobody needs: unnamed files, folders of finished jobs, copies of deleted generations, old messages and signs."""
         self.sweep_files()
+        self.sweep_signs()
         self.sweep_folders(self._settings.attempts_directory, self._finished_jobs)
         self.sweep_folders(self._settings.cache_directory / "generations", self._deleted_generations)
         with self._database.transaction() as session:
@@ -193,6 +210,16 @@ class Housekeeping:
             for digest in set(digests) - named:
                 self._storage.remove(digest, unless_touched_within_seconds=grace)
                 get_log().info("storage.removed", digest=digest)
+
+    def sweep_signs(self) -> None:
+        """Remove the signs of life of workers that ended without a word, long ago."""
+        directory = self._settings.workers_directory
+        for ids in _in_batches(path.stem for path in directory.glob("*.json")):
+            with self._database.reading() as session:
+                oldest = now(session) - timedelta(seconds=KEEP_SIGNS_SECONDS)
+                kept = set(session.scalars(sa.select(Worker.id).where(Worker.id.in_(ids), Worker.seen_at >= oldest)))
+            for worker_id in set(ids) - kept:
+                (directory / f"{worker_id}.json").unlink(missing_ok=True)
 
     def sweep_folders(self, directory: Path, find_unneeded: Callable[[list[str]], list[str]]) -> None:
         """Remove the folders, named by ids, that `find_unneeded` gives of a list of ids."""

@@ -38,6 +38,20 @@ def has_nvidia_gpu() -> bool:
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
+def total_memory_bytes() -> int | None:
+    """Memory of this machine, or of this container where that has less; None where the system does not tell."""
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        total = next(int(words[1]) * 1024 for words in lines if words[0] == "MemTotal:")
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
 def count_oom_kills() -> int:
     """Processes that the kernel has killed for want of memory since boot, in any container; 0 where it does not count them."""
     try:

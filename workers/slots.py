@@ -105,8 +105,9 @@ class Slot(threading.Thread):
                 }
                 if set_id is not None:
                     return jobs.claim(session, **held, pseudo_label_set_id=set_id)
-                found = jobs.claim(session, **held, job_id=job_id) if job_id else None
-                return found or jobs.claim(session, **held)
+                # Priority decides, not whose hint came first. Only when nothing else is there is the hinted job waited for.
+                found = jobs.claim(session, **held)
+                return found or (jobs.claim(session, **held, job_id=job_id) if job_id else None)
         except AWAY as error:
             get_log().warning("database.away", doing="claim", error=str(error).splitlines()[0])
             supervisor.stopping.wait(random.uniform(0.5, 1.5))

@@ -14,13 +14,14 @@ import sqlalchemy as sa
 from core.db.jobs import release_dead_holder
 from core.db.session import Database
 from core.db.tables import Job, Worker
-from core.db.workers import WorkerDescription, register_worker, release_singleton, see_worker
+from core.db.workers import WorkerDescription, is_draining, register_worker, release_singleton, see_worker
 from core.logs import get_log
 from core.settings import Settings
 from core.storage import Storage
-from core.version import VERSION
+from workers.announcement import describe_worker
+from workers.health import SignOfLife
 from workers.inputs import Inputs
-from workers.processes import boot_identity, start_ticks
+from workers.processes import start_ticks
 from workers.slots import AWAY, Slot
 
 SEEN_SECONDS = 15.0
@@ -58,6 +59,7 @@ class Supervisor:
         self._on_job_ended = on_job_ended
         self._on_crash = on_crash
         self._worker_id: str | None = None
+        self._sign: SignOfLife | None = None
         self._hints: deque[str | None] = deque()
         self._idle = 0
         self._bell = threading.Condition()
@@ -66,21 +68,16 @@ class Supervisor:
 
     def start(self) -> None:
         """Say hello, give back what dead predecessors of this host held, and begin to claim."""
-        description = WorkerDescription(
-            name=self.name,
-            host=socket.gethostname(),
-            boot_id=boot_identity(),
-            pid=os.getpid(),
-            capabilities=self.capabilities,
-            slots=self.settings.slots,
-            version=VERSION,
-        )
+        description = describe_worker(self.name, capabilities=self.capabilities, slots=self.settings.slots)
         with self.database.transaction() as session:
             self._worker_id = register_worker(session, description).id
+        self._sign = SignOfLife(self.settings.workers_directory, self._worker_id)
+        self._show_sign(self._sign.begin)
         self._bury_predecessors(description)
         for thread in (*self._slots, self._seer):
             thread.start()
-        get_log().info("worker.started", worker=self.name, capabilities=self.capabilities, slots=self.settings.slots)
+        log = get_log().bind(worker=self.name, worker_id=self._worker_id, code_digest=description.code_digest)
+        log.info("worker.started", capabilities=self.capabilities, slots=self.settings.slots)
 
     def stop(self) -> None:
         """Interrupt every attempt (a checkpoint each, no attempt lost), say good-bye. Returns when all of that is written."""
@@ -94,6 +91,8 @@ class Supervisor:
                     see_worker(session, self._worker_id, stopped=True)
             except AWAY as error:
                 get_log().warning("database.away", doing="stop", error=str(error).splitlines()[0])
+        if self._sign is not None:
+            self._show_sign(self._sign.end)
         get_log().info("worker.stopped", worker=self.name)
 
     def ask_to_stop(self) -> None:
@@ -111,6 +110,20 @@ class Supervisor:
             self._hints.append(job_id)
             self._bell.notify_all()
             return True
+
+    def drains(self) -> bool:
+        """Whether somebody asked this worker to finish what it has and to claim nothing more. The claim itself asks again."""
+        try:
+            with self.database.reading() as session:
+                return self._worker_id is not None and is_draining(session, self._worker_id)
+        except AWAY as error:
+            get_log().warning("database.away", doing="hint", error=str(error).splitlines()[0])
+            return False
+
+    def num_idle_slots(self) -> int:
+        """Slots that wait for a hint."""
+        with self._bell:
+            return self._idle
 
     def find_waiting(self, job_id: str) -> str | None:
         """The capability that the job still waits for; None when somebody took it."""
@@ -166,6 +179,15 @@ class Supervisor:
                     see_worker(session, self._worker_id)
             except AWAY as error:
                 get_log().warning("database.away", doing="seen", error=str(error).splitlines()[0])
+            if self._sign is not None:
+                # After the database: a thread that hangs in a dead connection must not look alive.
+                self._show_sign(self._sign.renew)
+
+    def _show_sign(self, show: Callable[[], None]) -> None:
+        try:
+            show()
+        except OSError as error:
+            get_log().warning("worker.sign_not_written", error=str(error))
 
 
 def _lives(worker: Worker) -> bool:

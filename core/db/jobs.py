@@ -19,6 +19,7 @@ from core.db.session import now
 from core.db.tables import Iteration, Job, OutboxMessage, Run, Worker
 from core.errors import NotFound, WrongState
 from core.ids import new_id
+from core.version import PROTOCOL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class NewJob:
     input: dict[str, Any]
     capability: str = "cpu"
     priority: int = 0
+    protocol: int = PROTOCOL
     max_attempts: int = 4
     run_id: str | None = None
     iteration: int | None = None
@@ -66,6 +68,15 @@ def get_job(session: Session, job_id: str) -> Job:
     return job
 
 
+def can_start(moment: datetime) -> tuple[sa.ColumnElement[bool], ...]:
+    """WHERE of the jobs that some worker may take at this moment, for a query that outer-joins their runs. Jobs of a paused run wait."""
+    return (
+        Job.status == "queued",
+        sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
+        sa.or_(Run.id.is_(None), Run.status == "active"),
+    )
+
+
 def claim(
     session: Session,
     *,
@@ -75,23 +86,21 @@ def claim(
     job_id: str | None = None,
     pseudo_label_set_id: str | None = None,
     max_attempts: int | None = None,
+    protocol: int = PROTOCOL,
 ) -> Job | None:
     """Take a queued job for `holder`; None when there is none to take.
 
     One UPDATE decides. The broker may hand the same message to two workers, so the row says who works, never the message.
     `job_id` asks for that job only; `pseudo_label_set_id` for further shards of that set only. Jobs of a paused run wait.
-    `max_attempts` is the claiming worker's limit, which holds from now on; None keeps the row's.
+    `max_attempts` is the claiming worker's limit, which holds from now on; None keeps the row's. A worker that drains gets nothing,
+    and none gets a job whose protocol is above its own.
     """
     moment = now(session)
+    drains = sa.exists().where(Worker.name == holder, Worker.draining_at.is_not(None))
     waiting = (
         sa.select(Job.id)
         .outerjoin(Run, Run.id == Job.run_id)
-        .where(
-            Job.status == "queued",
-            Job.capability.in_(list(capabilities)),
-            sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
-            sa.or_(Run.id.is_(None), Run.status == "active"),
-        )
+        .where(*can_start(moment), Job.capability.in_(list(capabilities)), Job.protocol <= protocol, ~drains)
         .order_by(Job.priority.desc(), Job.id)
         .limit(1)
         # Whoever looks for any job passes over locked ones. Who was told of one waits: the relay holds that row for the
@@ -316,6 +325,14 @@ def retry(session: Session, job_id: str) -> Job:
     append_events(session, job, [("queued", {"kind": job.kind, "step": job.step, "part": job.part, "retry": True})], at=moment)
     _hint(session, job, moment)
     return job
+
+
+def move_waiting(session: Session, job: Job, capability: str, *, reason: str) -> None:
+    """Let a queued job, whose row the caller holds, wait for another capability."""
+    moment = now(session)
+    append_events(session, job, [("moved", {"from": job.capability, "to": capability, "reason": reason})], at=moment)
+    job.capability, job.hinted_at = capability, None
+    _hint(session, job, moment)
 
 
 def set_phase(session: Session, job: Job, phase: str) -> None:

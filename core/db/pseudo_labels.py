@@ -47,14 +47,15 @@ def create_set(
         seed=seed,
         num_shards=len(range(0, num_images, labeling["shard_size"])),
         num_images=num_images,
+        priority=priority,
         created_at=now(session),
     )
     session.add(row)
     session.flush()
-    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability, priority=priority))
+    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability))
 
 
-def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, priority: int) -> list[NewJob]:
+def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str) -> list[NewJob]:
     shard_size = row.labeling["shard_size"]
     wanted: list[NewJob] = []
     for purpose, labeler in (("label", row.generation_id), ("select", row.selection_generation_id)):
@@ -75,7 +76,7 @@ def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: 
                     kind="label",
                     input=job_input,
                     capability=capability,
-                    priority=priority,
+                    priority=row.priority,
                     run_id=row.run_id,
                     iteration=row.iteration,
                     step="label" if row.run_id else None,
@@ -92,6 +93,7 @@ def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
     wanted = NewJob(
         kind="select",
         input={"pseudo_label_set_id": row.id},
+        priority=row.priority,
         run_id=row.run_id,
         iteration=row.iteration,
         step="select" if row.run_id else None,

@@ -6,17 +6,18 @@ A recipe is JSON here; whoever calls has validated it through ml.config.
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.jobs import NewJob, enqueue
+from core.db.jobs import NewJob, enqueue, move_waiting
 from core.db.pseudo_labels import create_set
 from core.db.session import now
 from core.db.tables import DatasetVersion, Generation, Iteration, Job, Run
-from core.db.workers import offered_capabilities
+from core.db.workers import capabilities_lately, offered_capabilities
 from core.errors import NotFound, WrongState
 from core.ids import new_id
 
@@ -32,6 +33,7 @@ def create_run(
     validation: DatasetVersion | None,
     test: DatasetVersion | None,
     initial_generation_id: str | None,
+    priority: int = 0,
 ) -> tuple[Run, Job | None]:
     """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
     moment = now(session)
@@ -46,6 +48,7 @@ def create_run(
         validation_version_id=validation.id if validation else None,
         test_version_id=test.id if test else None,
         initial_generation_id=initial_generation_id,
+        priority=priority,
         num_events=0,
         created_at=moment,
         updated_at=moment,
@@ -73,6 +76,42 @@ def run_capability(session: Session, run: Run) -> str:
     return str(device)
 
 
+def move_to_offered_devices(session: Session, *, unseen_seconds: float, limit: int = 200) -> list[Job]:
+    """Let waiting jobs of runs that left their device open go where workers are. Returns those that moved; ask until there are none.
+
+    Nothing is fixed before a run's first job has recorded its runtime. Until then, a job whose capability no worker has offered for
+    `unseen_seconds` goes to the other one, if that is offered now. Afterwards, jobs that were queued before it follow the record.
+    """
+    device_of_run = Run.runtime["device"].as_string()
+    followers = sa.and_(Run.runtime.is_not(None), device_of_run != Job.capability)
+    lately, offered = capabilities_lately(session, within_seconds=unseen_seconds), offered_capabilities(session)
+    other = {here: there for here, there in (("cuda", "cpu"), ("cpu", "cuda")) if here not in lately and there in offered}
+    since = now(session) - timedelta(seconds=unseen_seconds)
+    open_ones = sa.and_(Run.runtime.is_(None), Job.capability.in_(list(other)), Job.created_at < since)
+    query = (
+        sa.select(Job, Run.runtime)
+        .join(Run, Run.id == Job.run_id)
+        .where(
+            Job.status == "queued",
+            Job.kind.in_(("train", "label")),
+            Run.recipe["runtime"]["device"].as_string() == "auto",
+            sa.or_(followers, open_ones),
+        )
+        .order_by(Job.id)
+        .limit(limit)
+        # Every row is held before the first event locks the run: a claim locks its job and then the run, too.
+        .with_for_update(skip_locked=True, of=Job)
+    )
+    found = session.execute(query.execution_options(populate_existing=True)).all()
+    for job, runtime in found:
+        if runtime is None:
+            reason = f"no worker has taken jobs with capability {job.capability} for {unseen_seconds:.0f} seconds"
+            move_waiting(session, job, other[job.capability], reason=reason)
+        else:
+            move_waiting(session, job, runtime["device"], reason=f"the run's first job ran on {runtime['device']}")
+    return [job for job, _ in found]
+
+
 def enqueue_training(session: Session, run: Run, iteration: Iteration, *, role: str) -> Job:
     """Insert the training job of one role (teacher, student, control) of an iteration."""
     job_input: dict[str, Any] = {
@@ -92,7 +131,7 @@ def enqueue_training(session: Session, run: Run, iteration: Iteration, *, role: 
         part=0,
         generation_id=new_id("generation"),
         # The student leads to the next iteration; its control only reports.
-        priority=-1 if role == "control" else 0,
+        priority=run.priority - 1 if role == "control" else run.priority,
     )
     [job] = enqueue(session, [wanted])
     return job
@@ -127,6 +166,7 @@ def start_iteration(
         iteration=number,
         selection_generation_id=selection_model.removeprefix("generation:") if selection_model else None,
         keep_keys_of_set_id=keep_keys_of_set_id,
+        priority=run.priority,
     )
     iteration = Iteration(
         id=new_id("iteration"),

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from core import lifecycle
+from core.version import PROTOCOL
 
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
 
@@ -102,6 +103,7 @@ class Run(Base):
     error: Mapped[dict[str, Any] | None]
     stop_reason: Mapped[str | None]
     num_events: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 
@@ -146,6 +148,7 @@ class Job(Base):
     status: Mapped[str]
     capability: Mapped[str]
     priority: Mapped[int] = mapped_column(default=0)
+    protocol: Mapped[int] = mapped_column(default=PROTOCOL, server_default=sa.text("1"))
     run_id: Mapped[str | None] = mapped_column(sa.ForeignKey("runs.id"))
     iteration: Mapped[int | None]
     step: Mapped[str | None]
@@ -205,6 +208,7 @@ class PseudoLabelSet(Base):
     seed: Mapped[int] = mapped_column(sa.BigInteger)
     num_shards: Mapped[int]
     num_images: Mapped[int]
+    priority: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     report: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
@@ -316,20 +320,24 @@ class ApiKey(Base):
 
 
 class Worker(Base):
-    """A process that runs attempts, as it last described itself."""
+    """A process that runs attempts, as it last described itself. One that drains finishes what it has and claims nothing more."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
+    name: Mapped[str] = mapped_column(index=True)
     host: Mapped[str]
     boot_id: Mapped[str]
     pid: Mapped[int]
     capabilities: Mapped[list[str]]
     slots: Mapped[int]
     version: Mapped[str]
+    protocol: Mapped[int] = mapped_column(default=PROTOCOL, server_default=sa.text("1"))
+    code_digest: Mapped[str | None]
+    facts: Mapped[dict[str, Any] | None]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+    draining_at: Mapped[datetime | None]
     stopped_at: Mapped[datetime | None]
 
 

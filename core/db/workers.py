@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from core.db.jobs import can_start
 from core.db.session import now
 from core.db.tables import Job, OutboxMessage, Run, SingletonLease, Worker
+from core.errors import NotFound, WrongState
 from core.ids import new_id
+from core.version import PROTOCOL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,9 @@ class WorkerDescription:
     capabilities: tuple[str, ...]
     slots: int
     version: str
+    protocol: int = PROTOCOL
+    code_digest: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def register_worker(session: Session, description: WorkerDescription) -> Worker:
@@ -50,10 +57,52 @@ def list_workers(session: Session) -> list[Worker]:
 
 
 def offered_capabilities(session: Session, *, seen_within_seconds: float = 60.0) -> set[str]:
-    """What the workers that are there now can do."""
+    """What the workers that are there now, and take jobs, can do."""
     oldest = now(session) - timedelta(seconds=seen_within_seconds)
-    query = sa.select(Worker.capabilities).where(Worker.stopped_at.is_(None), Worker.seen_at >= oldest)
+    query = sa.select(Worker.capabilities).where(Worker.stopped_at.is_(None), Worker.draining_at.is_(None), Worker.seen_at >= oldest)
     return {name for names in session.scalars(query) for name in names}
+
+
+def capabilities_lately(session: Session, *, within_seconds: float) -> set[str]:
+    """What workers could do that took jobs at some time within the last seconds, gone ones included."""
+    oldest = now(session) - timedelta(seconds=within_seconds)
+    query = sa.select(Worker.capabilities).where(
+        Worker.seen_at >= oldest, sa.or_(Worker.draining_at.is_(None), Worker.draining_at >= oldest)
+    )
+    return {name for names in session.scalars(query) for name in names}
+
+
+def get_worker(session: Session, worker_id: str) -> Worker:
+    """NotFound when there is none."""
+    worker = session.get(Worker, worker_id, populate_existing=True)
+    if worker is None:
+        raise NotFound(f"there is no worker {worker_id!r}")
+    return worker
+
+
+def is_draining(session: Session, worker_id: str) -> bool:
+    """Whether the worker was asked to finish what it has and to claim nothing more."""
+    return session.scalar(sa.select(Worker.draining_at).where(Worker.id == worker_id)) is not None
+
+
+def drain_worker(session: Session, worker_id: str) -> Worker:
+    """Let the worker finish its attempts and claim nothing more; twice changes nothing. WrongState for one that said good-bye."""
+    moment = now(session)
+    return _steer(session, worker_id, "drained", sa.func.coalesce(Worker.draining_at, moment))
+
+
+def resume_worker(session: Session, worker_id: str) -> Worker:
+    """Let a draining worker claim again; twice changes nothing. WrongState for one that said good-bye."""
+    return _steer(session, worker_id, "resumed", None)
+
+
+def _steer(session: Session, worker_id: str, done: str, draining_at: Any) -> Worker:
+    query = sa.update(Worker).where(Worker.id == worker_id, Worker.stopped_at.is_(None)).values(draining_at=draining_at).returning(Worker)
+    worker = session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
+    if worker is not None:
+        return worker
+    stopped_at = get_worker(session, worker_id).stopped_at
+    raise WrongState(f"worker {worker_id} stopped at {stopped_at} and takes no jobs; only one that is there can be {done}")
 
 
 def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) -> bool:
@@ -107,11 +156,7 @@ def hint_again(session: Session, *, older_than_seconds: float, per_capability: i
     waiting = (
         sa.select(Job.id, Job.capability, Job.hinted_at, place.label("place"))
         .outerjoin(Run, Run.id == Job.run_id)
-        .where(
-            Job.status == "queued",
-            sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
-            sa.or_(Run.id.is_(None), Run.status == "active"),
-        )
+        .where(*can_start(moment))
         .subquery()
     )
     due = sa.select(waiting.c.id, waiting.c.capability).where(waiting.c.place <= per_capability, waiting.c.hinted_at < old)

@@ -7,14 +7,24 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db import jobs
 from core.db.session import Database, now
-from core.db.tables import Job
-from core.db.workers import list_unpublished, mark_published
+from core.db.tables import Event, Job
+from core.db.workers import (
+    WorkerDescription,
+    drain_worker,
+    get_worker,
+    list_unpublished,
+    mark_published,
+    register_worker,
+    resume_worker,
+)
 from core.settings import Settings
+from core.version import PROTOCOL
 from tests.builders_services import wait_until
 
 CLAIM: dict[str, Any] = {"capabilities": ["cpu"], "lease_seconds": 60}
@@ -29,6 +39,13 @@ def add_jobs(database: Database, count: int = 1, **values: Any) -> list[str]:
 def claim(database: Database, **values: Any) -> Job | None:
     with database.transaction() as session:
         return jobs.claim(session, **{"holder": "worker", **CLAIM, **values})
+
+
+def add_worker(database: Database, name: str) -> str:
+    """A worker as it describes itself; its id."""
+    with database.transaction() as session:
+        described: dict[str, Any] = {"host": "h", "boot_id": "b", "pid": 7, "capabilities": ("cpu",), "slots": 1, "version": "0"}
+        return register_worker(session, WorkerDescription(name=name, **described)).id
 
 
 def claim_until_empty(database: Database, holder: str) -> list[str]:
@@ -49,6 +66,16 @@ def claim_in_process(url: str, holder: str) -> list[str]:
         database.close()
 
 
+def share_among_processes(url: str, count: int) -> list[str]:
+    """What so many claimers get together."""
+    # One process imports, the others are copies of it: as many imports would take most of a minute.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        parts = [pool.submit(claim_in_process, url, f"process-{number}") for number in range(count)]
+        return [job_id for part in parts for job_id in part.result()]
+
+
 def test_eight_threads_on_sqlite_share_jobs_without_a_double_claim(sqlite_url: str) -> None:
     database = Database(sqlite_url)
     wanted = add_jobs(database, 60)
@@ -64,14 +91,27 @@ def test_eight_processes_on_postgresql_share_jobs_without_a_double_claim(postgre
     database = Database(Settings(database_url=postgresql_url).resolved_database_url)
     wanted = add_jobs(database, 60)
 
-    # One process imports, the others are copies of it: eight imports would take most of a minute.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(8, mp_context=context) as pool:
-        parts = [pool.submit(claim_in_process, postgresql_url, f"process-{number}") for number in range(8)]
-        got = [job_id for part in parts for job_id in part.result()]
+    assert sorted(share_among_processes(postgresql_url, 8)) == sorted(wanted)
+    database.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("fixture", "claimers"), [("postgresql_url", 16), ("sqlite_url", 8)])
+def test_five_thousand_jobs_are_shared_without_a_double_claim(request: pytest.FixtureRequest, fixture: str, claimers: int) -> None:
+    url = request.getfixturevalue(fixture)
+    database = Database(Settings(database_url=url).resolved_database_url)
+    wanted = add_jobs(database, 5000)
+
+    got = share_among_processes(url, claimers)
 
     assert sorted(got) == sorted(wanted)
+    with database.reading() as session:
+        facts = (Job.status, Job.token, Job.attempt)
+        tokens = session.execute(sa.select(*facts, sa.func.count()).group_by(*facts))
+        starts = session.scalar(sa.select(sa.func.count()).select_from(Event).where(Event.kind == "started"))
+        assert tokens.all() == [("succeeded", 1, 1, 5000)]
+        assert starts == 5000
     database.close()
 
 
@@ -92,6 +132,62 @@ def test_a_job_waits_for_a_worker_that_can_do_it(database: Database) -> None:
     found = claim(database, capabilities=["cpu", "cuda"])
     assert found is not None
     assert found.id == job_id
+
+
+def test_a_draining_worker_is_given_nothing_until_it_is_resumed(database: Database) -> None:
+    [job_id] = add_jobs(database, pseudo_label_set_id="pls", kind="label")
+    worker_id = add_worker(database, "w:1:2")
+    with database.transaction() as session:
+        drain_worker(session, worker_id)
+
+    drained = [claim(database, holder="w:1:2", **which) for which in ({}, {"job_id": job_id}, {"pseudo_label_set_id": "pls"})]
+    with database.transaction() as session:
+        resume_worker(session, worker_id)
+    again = claim(database, holder="w:1:2")
+
+    assert drained == [None] * 3
+    assert again is not None
+
+
+def test_two_workers_with_one_name_are_told_apart(database: Database) -> None:
+    add_jobs(database, 2)
+    first, second = add_worker(database, "gpu:7:1000"), add_worker(database, "gpu:7:2000")
+    with database.transaction() as session:
+        drain_worker(session, first)
+
+    assert claim(database, holder="gpu:7:1000") is None
+    job = claim(database, holder="gpu:7:2000")
+
+    assert job is not None
+    with database.transaction() as session:
+        assert jobs.release_dead_holder(session, "gpu:7:1000") == []
+        assert [get_worker(session, one).stopped_at is None for one in (first, second)] == [False, True]
+    assert claim(database, holder="gpu:7:2000") is not None
+
+
+def test_a_job_of_a_newer_protocol_waits_for_a_worker_that_reads_it(database: Database) -> None:
+    [new] = add_jobs(database, protocol=PROTOCOL + 1, priority=9)
+    [old] = add_jobs(database)
+
+    first, second = claim(database), claim(database)
+    newer = claim(database, protocol=PROTOCOL + 1)
+
+    assert first is not None
+    assert (first.id, second) == (old, None)
+    assert newer is not None
+    assert newer.id == new
+
+
+def test_what_an_older_version_inserts_can_be_claimed(database: Database) -> None:
+    with database.transaction() as session:
+        columns = "id, kind, status, capability, priority, input, attempt, lost_attempts, max_attempts, token, num_events, created_at"
+        values = "'job_old', 'ingest', 'queued', 'cpu', 0, '{}', 0, 0, 4, 0, 0, '2026-01-01 00:00:00.000000+00:00'"
+        session.execute(sa.text(f"INSERT INTO jobs ({columns}) VALUES ({values})"))
+
+    job = claim(database)
+
+    assert job is not None
+    assert (job.id, job.protocol) == ("job_old", 1)
 
 
 def test_a_job_that_pauses_after_a_failure_is_not_claimed(database: Database) -> None:

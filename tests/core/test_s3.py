@@ -24,7 +24,9 @@ from tests.builders_services import S3Server, running_s3
 HOUR = 3600.0
 
 
-def make_s3(server: S3Server, url: str, directory: Path, *, max_bytes: int = 10**9, keep_seconds: float = HOUR, **options: Any) -> S3Storage:
+def make_s3(
+    server: S3Server, url: str, directory: Path, *, max_bytes: int = 10**9, keep_seconds: float = HOUR, **options: Any
+) -> S3Storage:
     settings = Settings(storage_url=url, s3_endpoint_url=server.url, data_directory=directory)
     cache = ObjectCache(settings.cache_directory / "objects", max_bytes=max_bytes, keep_seconds=keep_seconds)
     return S3Storage(read_place(settings), cache, **{"renew_seconds": HOUR, **options})
@@ -137,7 +139,11 @@ def test_a_name_that_is_no_digest_reaches_no_key(storage: S3Storage) -> None:
 def test_a_missing_bucket_is_named(s3_server: S3Server, s3_credentials: None, tmp_path: Path) -> None:
     storage = make_s3(s3_server, "s3://nowhere/kept", tmp_path / "data")
 
-    for ask in (storage.check, lambda: storage.put(make_file(tmp_path)), lambda: list(storage.list_old(older_than_seconds=0, now_seconds=0))):
+    for ask in (
+        storage.check,
+        lambda: storage.put(make_file(tmp_path)),
+        lambda: list(storage.list_old(older_than_seconds=0, now_seconds=0)),
+    ):
         with pytest.raises(StorageError, match=f"there is no bucket nowhere at {s3_server.url}; create it") as caught:
             ask()
         assert not isinstance(caught.value, StorageDamaged)
@@ -211,7 +217,9 @@ def test_a_download_whose_connection_breaks_goes_on_where_it_was(own_server: S3S
     content = os.urandom(64 << 20)
     digest = storage.put(make_file(tmp_path, content))["digest"]
     ranges: list[str] = []
-    storage._client().meta.events.register("before-call.s3.GetObject", lambda params, **_: ranges.append(params["headers"].get("Range", "")))
+    storage._client().meta.events.register(
+        "before-call.s3.GetObject", lambda params, **_: ranges.append(params["headers"].get("Range", ""))
+    )
     chunks = storage._read(digest)
 
     received = next(chunks)

@@ -165,10 +165,12 @@ def add_run(database: Database) -> tuple[Run, Job]:
         return run, job
 
 
-def add_worker(database: Database, name: str = HOLDER, *, capabilities: tuple[str, ...] = ("cpu",), silent_seconds: float = 0) -> Worker:
+def add_worker(
+    database: Database, name: str = HOLDER, *, capabilities: tuple[str, ...] = ("cpu",), silent_seconds: float = 0, **values: Any
+) -> Worker:
     """A worker that was last seen so long ago."""
-    description = WorkerDescription(name=name, host="host", boot_id="boot", pid=1, capabilities=capabilities, slots=2, version="0")
+    described: dict[str, Any] = {"host": "host", "boot_id": "boot", "pid": 1, "slots": 2, "version": "0"} | values
     with database.transaction() as session:
-        worker = register_worker(session, description)
+        worker = register_worker(session, WorkerDescription(name=name, capabilities=capabilities, **described))
         worker.seen_at = now(session) - timedelta(seconds=silent_seconds)
         return worker

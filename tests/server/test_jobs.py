@@ -164,7 +164,7 @@ def test_a_waiting_job_says_what_it_waits_for(api: Api) -> None:
     after = {job["id"]: job["waiting_for"] for job in api.client.get("/api/v1/jobs").json()["items"]}
 
     assert before[plain.id] == "no worker with capability cpu"
-    assert after[plain.id] == "a free slot"
+    assert after[plain.id] == "a worker's next look (free slots with capability cpu: 2 of 2)"
     assert after[cuda.id] == "no worker with capability cuda"
     assert after[training.id] == "its run is paused"
 
@@ -255,5 +255,7 @@ def test_workers_and_queues_show_who_runs_what(api: Api) -> None:
 
     assert (workers["worker-1"]["alive"], workers["worker-1"]["jobs"]) == (True, [job.id])
     assert not workers["gone"]["alive"]
-    assert queues["cpu"] == {"capability": "cpu", "waiting": 1, "running": 1, "workers": 1, "slots": 2}
-    assert queues["cuda"] == {"capability": "cuda", "waiting": 1, "running": 0, "workers": 0, "slots": 0}
+    counts = ("waiting", "running", "workers", "draining", "slots", "free_slots")
+    assert [queues["cpu"][name] for name in counts] == [1, 1, 1, 0, 2, 1]
+    assert [queues["cuda"][name] for name in counts] == [1, 0, 0, 0, 0, 0]
+    assert queues["cuda"]["reasons"] == [{"code": "no_worker", "message": "no worker with capability cuda", "jobs": 1}]
