@@ -67,7 +67,11 @@ class DatasetVersion(Base):
     """An immutable reading of a source: manifest and report."""
 
     __tablename__ = "dataset_versions"
-    __table_args__ = (sa.UniqueConstraint("dataset_id", "number"), _one_of("status", lifecycle.VERSION_STATUSES))
+    __table_args__ = (
+        sa.UniqueConstraint("dataset_id", "number"),
+        _one_of("status", lifecycle.VERSION_STATUSES),
+        sa.Index("ix_dataset_versions_status", "status"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     dataset_id: Mapped[str] = mapped_column(sa.ForeignKey("datasets.id"))
@@ -87,7 +91,7 @@ class Run(Base):
     """Datasets, a recipe, and the chain of iterations made with them."""
 
     __tablename__ = "runs"
-    __table_args__ = (_one_of("status", lifecycle.RUN_STATUSES),)
+    __table_args__ = (_one_of("status", lifecycle.RUN_STATUSES), sa.Index("ix_runs_status", "status", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
@@ -138,7 +142,10 @@ class Job(Base):
         _one_of("kind", lifecycle.JOB_KINDS),
         sa.CheckConstraint("(lease_holder IS NULL) = (lease_until IS NULL)", name="lease"),
         sa.CheckConstraint("(status = 'running') = (lease_holder IS NOT NULL)", name="lease_while_running"),
-        sa.Index("ix_jobs_claim", "status", "capability", "priority", "id"),
+        sa.Index("ix_jobs_claim", "status", "capability", sa.text("priority DESC"), "id"),
+        sa.Index("ix_jobs_set", "pseudo_label_set_id", "status", sa.text("priority DESC"), "id"),
+        sa.Index("ix_jobs_status", "status", "id"),
+        sa.Index("ix_jobs_kind", "kind", "id"),
         sa.Index("ix_jobs_lease_until", "lease_until"),
         sa.Index("ix_jobs_run_id", "run_id", "id"),
     )
@@ -153,7 +160,7 @@ class Job(Base):
     iteration: Mapped[int | None]
     step: Mapped[str | None]
     part: Mapped[int | None]
-    pseudo_label_set_id: Mapped[str | None] = mapped_column(index=True)
+    pseudo_label_set_id: Mapped[str | None]
     generation_id: Mapped[str | None] = mapped_column(index=True)
     input: Mapped[dict[str, Any]]
     result: Mapped[dict[str, Any] | None]
