@@ -15,7 +15,6 @@ from core.db.session import Database
 from core.db.tables import Base
 from core.errors import SchemaMismatch
 
-
 DESCENDING = {"ix_jobs_claim", "ix_jobs_set"}
 
 
