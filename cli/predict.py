@@ -28,7 +28,8 @@ def predict(
         invocation.output.result(answers, "")
     else:
         columns = {"file": "file", "label": "label", "confidence": "confidence", "generation": "generation_id"}
-        invocation.output.table([answer for answer in answers if "error" not in answer], columns)
+        if answered := [answer for answer in answers if "error" not in answer]:
+            invocation.output.table(answered, columns)
         for answer in answers:
             if "error" in answer:
                 invocation.output.error(f"{answer['file']}: {answer['error']['message']}")
@@ -39,6 +40,8 @@ def ask(client: Client, path: Path, **asked: Any) -> dict[str, Any]:
     """One file's answer, or `error` with what was wrong with that file."""
     try:
         content = path.read_bytes()
+    except IsADirectoryError:
+        return {"file": str(path), "error": {"code": "cannot_read", "message": "this is a folder; give its files, for example with /*"}}
     except OSError as error:
         return {"file": str(path), "error": {"code": "cannot_read", "message": str(error.strerror)}}
     try:

@@ -42,6 +42,7 @@ class Stage:
     parts: dict[str, Part] = field(default_factory=dict)
     loss: float | None = None
     accuracy: float | None = None
+    best: float = 0.0
     unit: str = ""
 
     @property
@@ -96,7 +97,10 @@ class Stage:
         if self.loss is not None:
             words.append(f"loss {self.loss:.3f}")
         if self.accuracy is not None:
-            words.append(f"validation {100 * self.accuracy:.1f} %")
+            # What is kept is the best by validation, not the last.
+            words.append(
+                f"validation {100 * self.accuracy:.1f} %" + (f", best {100 * self.best:.1f} %" if self.best > self.accuracy else "")
+            )
         return ", ".join(words)
 
 
@@ -163,6 +167,7 @@ def _measure(stage: Stage, part: Part, data: dict[str, Any]) -> None:
         stage.loss = float(data["loss"])
     if data.get("validation_top1") is not None:
         stage.accuracy = float(data["validation_top1"])
+        stage.best = max(stage.best, stage.accuracy)
 
 
 @contextmanager

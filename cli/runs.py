@@ -115,7 +115,9 @@ def _laid(onto: Any, path: list[str], value: Any, pair: str) -> Any:
     if name.isdecimal():
         items = list(onto) if isinstance(onto, list) else []
         if int(name) > len(items):
-            raise typer.BadParameter(f"{pair!r}: item {name} needs the items before it", param_hint="--set")
+            raise typer.BadParameter(
+                f"{pair!r}: a list is given from its item 0 on; set the items before item {name} too", param_hint="--set"
+            )
         changed = _laid(items[int(name)] if int(name) < len(items) else {}, rest, value, pair)
         return [*items[: int(name)], changed, *items[int(name) + 1 :]]
     fields = dict(onto) if isinstance(onto, dict) else {}

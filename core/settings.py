@@ -130,6 +130,9 @@ class Settings(BaseSettings):
         for short in ("postgresql://", "postgres://"):
             if self.database_url.startswith(short):
                 return "postgresql+psycopg://" + self.database_url.removeprefix(short)
+        if not self.database_url.startswith(("postgresql", "sqlite:///")):
+            scheme = self.database_url.partition("://")[0][:40]
+            raise SetupError(f"NOISY_STUDENT_DATABASE_URL begins with {scheme!r}; it must begin with postgresql:// or sqlite:///")
         return self.database_url
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ml.config import LabelingConfig, Recipe, RuntimeConfig, SelectionConfig
-from ml.errors import Interrupted, MlError
+from ml.errors import Interrupted, MlError, RecipeError
 from ml.events import Event
 from ml.recipes import PRESETS, build_recipe
 from ml.validation import from_json, load_json
@@ -134,7 +134,10 @@ def _recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    overrides = load_json(options.override)
+    try:
+        overrides = load_json(options.override)
+    except RecipeError as error:
+        raise RecipeError(f"--override {options.override!r} is {error}; write it as '{{\"seed\": 3}}'", pointer=error.pointer) from error
     return build_recipe(options.recipe, overrides if options.seed is None else {**overrides, "seed": options.seed})
 
 

@@ -26,6 +26,7 @@ from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.files import write_bytes
 from ml.ingestion import find_leakage, scan
 from ml.manifest import Kind, Manifest, split_validation
+from ml.schedules import check_batches
 from ml.self_training import GenerationRecord, IterationPlan, Stop, next_iteration
 from ml.tasks import LabelingTask, SelectionTask, TrainingTask
 from ml.validation import to_dict, to_json
@@ -68,9 +69,13 @@ class LocalRun:
     def run(self) -> list[dict[str, Any]]:
         """Train generation 0, then iterate until `next_iteration` says stop; returns the lineage, oldest first."""
         self.folders.output.mkdir(parents=True, exist_ok=True)
-        self._remember("recipe", to_json(self.recipe))
-        self._remember("folders", json.dumps(self.folders.inputs(), indent=1))
+        belongs_to = {"recipe": to_json(self.recipe), "folders": json.dumps(self.folders.inputs(), indent=1)}
+        self._refuse_others(belongs_to)
         self._read_folders()
+        self._check_labels()
+        # Written when nothing is refused any more: a slip must not use the folder up.
+        for name, text in belongs_to.items():
+            write_bytes(self.folders.output / f"{name}.json", f"{text}\n".encode())
         history = [self._train("teacher", 0, None)]
         while True:
             decided = next_iteration(history, self.recipe)
@@ -79,14 +84,19 @@ class LocalRun:
                 return self.lineage
             history.append(self._iterate(decided, history))
 
-    def _remember(self, name: str, text: str) -> None:
+    def _refuse_others(self, belongs_to: Mapping[str, str]) -> None:
         """An output folder belongs to one recipe and its input folders: going on with others would mix two experiments."""
-        path = self.folders.output / f"{name}.json"
-        data = f"{text}\n".encode()
-        if not path.exists():
-            write_bytes(path, data)
-        elif path.read_bytes() != data:
-            raise FileExistsError(f"{self.folders.output} holds a run of another {name}; take another --out, or the {name} in {path}")
+        for name, text in belongs_to.items():
+            path = self.folders.output / f"{name}.json"
+            if path.exists() and path.read_bytes() != f"{text}\n".encode():
+                what = {"recipe": "with another recipe", "folders": "over other folders"}[name]
+                raise FileExistsError(f"{self.folders.output} holds a run {what}; take another --out, or what is in {path}")
+
+    def _check_labels(self) -> None:
+        """Refuse at once what a training would refuse later: fewer labels than a batch."""
+        labeled = Manifest.read(self._manifest("labeled"))
+        training = labeled if self._has("validation") else split_validation(labeled, self.recipe.validation_ratio, self.recipe.seed)[0]
+        check_batches(self.recipe, num_labeled=len(training.usable()), iterations=self.recipe.iterations.count)
 
     def _manifest(self, name: str) -> Path:
         return self.folders.output / "manifests" / f"{name}.parquet"
@@ -98,7 +108,8 @@ class LocalRun:
         kinds: dict[str, Kind] = {"labeled": "labeled", "unlabeled": "unlabeled", "test": "evaluation", "validation": "evaluation"}
         for name, kind in kinds.items():
             path = self._manifest(name)
-            if not self._has(name) or path.exists():
+            # Until folders.json is there, a manifest may be one of other folders.
+            if not self._has(name) or (path.exists() and (self.folders.output / "folders.json").exists()):
                 continue
             manifest, report = scan(getattr(self.folders, name), kind=kind, on_event=self.on_event, should_stop=self.should_stop)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ml.config import ScheduleConfig, TrainingConfig
+from ml.config import Recipe, ScheduleConfig, TrainingConfig
 from ml.errors import TooFewLabels
 
 NUM_EVALUATIONS = 20
@@ -66,6 +66,24 @@ def plan_training(
         batch_unlabeled=size * ratio if role == "student" else 0,
         learning_rate=optimizer.learning_rate * size / (optimizer.reference_batch or size),
     )
+
+
+def check_batches(recipe: Recipe, *, num_labeled: int, iterations: int, has_teacher: bool = False) -> None:
+    """TooFewLabels that names every batch of the recipe for which there are too few labeled training images.
+
+    `has_teacher`: generation 0 is given and not trained. Its `pointers` are the fields.
+    """
+    used = recipe.students[:iterations]
+    sizes = {} if has_teacher else {"teacher": recipe.teacher.training.batch_size}
+    sizes |= {f"students.{place}": student.training.batch_size for place, student in enumerate(used)}
+    large = {f"{name}.training.batch_size": size for name, size in sizes.items() if size > num_labeled}
+    if large:
+        batches = " and ".join(f"{size} ({name})" for name, size in large.items())
+        raise TooFewLabels(
+            f"{num_labeled} labeled training images are fewer than one batch of {batches}: add labels, or lower it to at most {num_labeled}",
+            num_labeled=num_labeled,
+            pointers=[f"/{name.replace('.', '/')}" for name in large],
+        )
 
 
 def learning_rate_at(plan: TrainingPlan, schedule: ScheduleConfig, step: int) -> float:

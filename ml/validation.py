@@ -110,13 +110,29 @@ def build(cls: type[T], data: Any, pointer: str = "") -> T:
     for key in data:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
+            deeper = [f"{pointer}{place}" for place in _places_of(key, cls)]
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints)}"
+            hint = f"; there is {' and '.join(deeper[:4])}" if deeper else hint
             raise RecipeError(f"unknown field {pointer}/{key}{hint}", pointer=f"{pointer}/{key}")
     values = {key: _decode(data[key], hints[key], f"{pointer}/{key}") for key in data}
     try:
         return cls(**values)
     except RecipeError as error:
         raise RecipeError(f"{pointer}: {error}" if pointer else str(error), pointer=pointer + error.pointer) from None
+
+
+def _places_of(name: str, cls: type) -> Iterator[str]:
+    """Where fields of this name stand below the recipe dataclass `cls`, as JSON pointers; the first item stands for a list."""
+    for field_name, hint in _hints(cls).items():
+        origin, args = get_origin(hint), get_args(hint)
+        inner = get_origin(args[0]) is tuple and args[0] if origin is Annotated else hint
+        items = get_args(inner) if get_origin(inner) is tuple else ()
+        below = items[0] if items else inner
+        if isinstance(below, type) and is_dataclass(below):
+            place = f"/{field_name}/0" if items else f"/{field_name}"
+            if name in _hints(below):
+                yield f"{place}/{name}"
+            yield from (f"{place}{rest}" for rest in _places_of(name, below))
 
 
 def _decode(value: Any, hint: Any, pointer: str) -> Any:

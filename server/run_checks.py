@@ -16,7 +16,7 @@ from core.errors import FolderRefused, InvalidRequest, LeakageFound, NotFound
 from core.storage import Storage
 from ml.config import NetworkConfig, Recipe
 from ml.errors import RecipeError, TooFewLabels
-from ml.schedules import plan_training
+from ml.schedules import check_batches
 
 if TYPE_CHECKING:
     from ml.manifest import Manifest
@@ -160,14 +160,11 @@ def _check_labels(recipe: Recipe, versions: Versions, *, iterations: int, has_in
             )
         # At least one image of each class goes; how many exactly depends on duplicates, and the job counts them.
         num_training -= max(len(counts), int(recipe.validation_ratio * num_training) - len(counts))
-    trainings = [] if has_initial else [("/recipe/teacher/training/batch_size", recipe.teacher.training)]
-    used = recipe.students[: min(max(iterations, 1), len(recipe.students))]
-    trainings += [(f"/recipe/students/{place}/training/batch_size", student.training) for place, student in enumerate(used)]
-    for pointer, training in trainings:
-        try:
-            plan_training(training, num_labeled=num_training, ratio=0, role="teacher")
-        except TooFewLabels as error:
-            raise InvalidRequest(str(error), pointer=pointer, **error.details) from error
+    try:
+        # Manual iterations begin with the first student too.
+        check_batches(recipe, num_labeled=num_training, iterations=max(iterations, 1), has_teacher=has_initial)
+    except TooFewLabels as error:
+        raise InvalidRequest(str(error), pointer=f"/recipe{error.details['pointers'][0]}", **error.details) from error
 
 
 def _check_pool(recipe: Recipe, unlabeled: DatasetVersion) -> None:

@@ -13,7 +13,7 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-INDEXES = {
+INDEXES: dict[str, tuple[str, list[str | sa.TextClause]]] = {
     "ix_jobs_claim": ("jobs", ["status", "capability", sa.text("priority DESC"), "id"]),
     "ix_jobs_set": ("jobs", ["pseudo_label_set_id", "status", sa.text("priority DESC"), "id"]),
     "ix_jobs_status": ("jobs", ["status", "id"]),

@@ -45,7 +45,7 @@ def test_up_over_a_data_directory_that_is_not_writable_ends_with_2(tmp_path: Pat
         ({"NOISY_STUDENT_LEASE_SECONDS": "-1"}, "NOISY_STUDENT_LEASE_SECONDS"),
         ({"NOISY_STUDENT_SLOTS": "many"}, "NOISY_STUDENT_SLOTS"),
         ({"NOISY_STUDENT_DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/none"}, "cannot be opened"),
-        ({"NOISY_STUDENT_DATABASE_URL": "cuneiform://tablet"}, "cannot be opened"),
+        ({"NOISY_STUDENT_DATABASE_URL": "cuneiform://tablet"}, "must begin with postgresql"),
     ],
     ids=["a negative lease", "slots that are no number", "a database that is away", "a database that nobody knows"],
 )

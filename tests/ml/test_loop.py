@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from ml.config import Recipe
-from ml.errors import Leakage, RecipeError
+from ml.errors import Leakage, NoImages, RecipeError, TooFewLabels
 from ml.events import Event
 from ml.loop import Folders, LocalRun
+from ml.manifest import Manifest
 from ml.recipes import build_recipe
 from tests.ml.builders_images import write_class_folders, write_flat_folder
 
-RECIPE = build_recipe("digits", {"runtime": {"num_threads": 1, "num_loader_workers": 0}, "teacher": {"training": {"batch_size": 4}}})
+SMALL = {"training": {"batch_size": 4}}
+RECIPE = build_recipe("digits", {"runtime": {"num_threads": 1, "num_loader_workers": 0}, "teacher": SMALL, "students": [SMALL]})
 
 
 class Read(Exception):
@@ -61,7 +63,22 @@ def test_an_output_folder_goes_on_with_its_own_folders_only(tmp_path: Path):
         with pytest.raises(Read):
             run(folders)
 
-    with pytest.raises(FileExistsError, match="another folders"):
+    with pytest.raises(FileExistsError, match="a run over other folders"):
         run(replace(folders, test=None))
-    with pytest.raises(FileExistsError, match="another recipe"):
+    with pytest.raises(FileExistsError, match="a run with another recipe"):
         run(folders, replace(RECIPE, seed=7))
+
+
+def test_what_was_refused_does_not_use_the_output_folder_up(tmp_path: Path):
+    folders = write_folders(tmp_path)
+    too_large = build_recipe("digits", {"teacher": {"training": {"batch_size": 9}}, "students": [{"training": {"batch_size": 10}}]})
+
+    with pytest.raises(NoImages):
+        run(replace(folders, unlabeled=tmp_path / "nope"))
+    with pytest.raises(TooFewLabels) as refused:
+        run(replace(folders, labeled=tmp_path / "test", test=None), too_large)
+    with pytest.raises(Read):
+        run(folders)
+
+    assert "batch of 9 (teacher.training.batch_size) and 10 (students.0.training.batch_size)" in str(refused.value)
+    assert Manifest.read(folders.output / "manifests" / "labeled.parquet").root == str(folders.labeled)

@@ -138,3 +138,10 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
     with pytest.raises(AttributeError):
         noise.dropout = 2.0  # type: ignore[misc]
     assert noise == NoiseConfig()
+
+
+def test_a_field_in_the_wrong_place_is_told_its_right_one() -> None:
+    with pytest.raises(RecipeError, match="there is /teacher/training/batch_size and /students/0/training/batch_size"):
+        build(Recipe, {"batch_size": 3})
+    with pytest.raises(RecipeError, match=r"unknown field /teacher/batch_size; there is /teacher/training/batch_size$"):
+        build(Recipe, {"teacher": {"batch_size": 3}})
