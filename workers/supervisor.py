@@ -12,7 +12,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from core.db.jobs import release_dead_holder
-from core.db.session import Database
+from core.db.session import AWAY, Database
 from core.db.tables import Job, Worker
 from core.db.workers import WorkerDescription, register_worker, release_singleton, see_worker
 from core.logs import get_log
@@ -21,7 +21,7 @@ from core.storage import Storage
 from core.version import VERSION
 from workers.inputs import Inputs
 from workers.processes import boot_identity, start_ticks
-from workers.slots import AWAY, Slot
+from workers.slots import Slot
 
 SEEN_SECONDS = 15.0
 HAND_ON_SECONDS = 2.0

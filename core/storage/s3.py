@@ -140,7 +140,7 @@ class S3Storage:
         while True:
             answer = self._get(digest, done)
             total = done + answer["ContentLength"]
-            if done and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            if done and not answer.get("ContentRange", "").startswith(f"bytes {done}-"):
                 raise StorageError(f"fetching {digest} failed: the connection broke, and {self.place} cannot send the rest alone")
             tries += 1
             try:
