@@ -131,18 +131,6 @@ def test_an_altered_copy_is_brought_again_when_it_matters(storage: S3Storage, tm
     assert storage.fetch(digest, verify=True).read_bytes() == b"weights"
 
 
-def test_a_missing_object_is_called_damaged(storage: S3Storage) -> None:
-    with pytest.raises(StorageDamaged, match="missing"):
-        storage.fetch("0" * 64)
-    with pytest.raises(StorageDamaged, match="missing"):
-        storage.verify("0" * 64)
-
-
-def test_a_name_that_is_no_digest_reaches_no_key(storage: S3Storage) -> None:
-    with pytest.raises(StorageError, match="not a SHA-256"):
-        storage.fetch("../secrets")
-
-
 def test_a_missing_bucket_is_named(s3_server: S3Server, s3_credentials: None, tmp_path: Path) -> None:
     storage = make_s3(s3_server, "s3://nowhere/kept", tmp_path / "data")
 
