@@ -80,16 +80,16 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_come_back(tmp_path: 
         assert api.client.get("/livez").status_code == 200
 
 
-def test_a_bucket_that_is_away_or_missing_is_named_by_readyz_within_seconds(
-    tmp_path: Path, s3_server: S3Server, s3_credentials: None
-) -> None:
+def test_readyz_names_a_bucket_that_is_away_or_missing_within_seconds(tmp_path: Path, s3_server: S3Server, s3_credentials: None) -> None:
     places = {"http://127.0.0.1:1": "does not answer", s3_server.url: "there is no bucket nowhere"}
     for number, (endpoint, problem) in enumerate(places.items()):
         with api_in_process(tmp_path / str(number), storage_url="s3://nowhere/kept", s3_endpoint_url=endpoint) as api:
+            # The first answer also loads boto3.
+            api.client.get("/readyz")
             started = time.monotonic()
             answer = api.client.get("/readyz")
 
-            assert time.monotonic() - started < 8
+            assert time.monotonic() - started < 5
             assert answer.status_code == 503
             assert problem in answer.json()["checks"]["storage"]
             assert answer.json()["checks"]["database"] == "ok"

@@ -204,7 +204,7 @@ def test_a_job_that_succeeded_needs_no_checkpoint(sqlite_url: str, tmp_path: Pat
     stored = {"digest": "0" * 64, "num_bytes": 1}
     with database.transaction() as session:
         name_files(session, job_id, {"checkpoint-1/last.ckpt": stored})
-    made = {"manifest": {"num_images": 1, "class_names": ["a"]}, "report": {}}
+    made = {"manifest": {"num_images": 1, "num_usable": 1, "class_names": ["a"]}, "report": {}}
 
     with database.transaction() as session:
         outcomes.record_success(session, job, made, {"manifest.parquet": stored}, {"attempt-1.log": stored})
