@@ -206,7 +206,8 @@ class S3Storage:
             raise
         date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
         moment = parsedate_to_datetime(date) if date else datetime.now(UTC)
-        return _Found(head["ContentLength"], (moment - head["LastModified"]).total_seconds())
+        # The header knows no fractions of a second.
+        return _Found(head["ContentLength"], max(0.0, (moment - head["LastModified"]).total_seconds()))
 
     def _client(self, *, impatient: bool = False) -> Any:
         """One for all threads; the impatient one answers yes or no within a few seconds."""
