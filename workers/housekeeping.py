@@ -11,12 +11,13 @@ from pathlib import Path
 
 import sqlalchemy as sa
 import sqlalchemy.exc
+from sqlalchemy.orm import Session
 
 from core.db.files import find_named_digests
 from core.db.jobs import lose_expired
 from core.db.runs import move_to_offered_devices
 from core.db.session import Database, now
-from core.db.tables import Generation, Job, Worker
+from core.db.tables import Generation, Job, StoredFile, Worker
 from core.db.workers import forget_old_messages, hint_again, hold_singleton, is_held, list_unpublished, mark_published, release_singleton
 from core.errors import ServiceError
 from core.lifecycle import JOB_TERMINAL
@@ -25,6 +26,7 @@ from core.queue import Queue
 from core.settings import Settings
 from core.storage import Storage
 from workers import controller
+from workers.checkpoints import PREFIX
 
 SINGLETON = "housekeeping"
 BACKUP = "backup"
@@ -65,7 +67,8 @@ class Housekeeping:
         self._bell = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
-        self._held_until = self._hinted_at = self._swept_at = float("-inf")
+        self._sweeper: threading.Thread | None = None
+        self._held_until = self._hinted_at = self._swept_at = self._files_swept_at = self._host_swept_at = float("-inf")
 
     def start(self) -> None:
         """Begin, in a thread."""
@@ -108,6 +111,9 @@ class Housekeeping:
             try:
                 if self._hold():
                     self.keep_house()
+                elif not self._storage.is_local:
+                    # Hosts that share no files each have folders of their own.
+                    self._sweep_host_when_due()
                 self._rest()
             except (sqlalchemy.exc.SQLAlchemyError, ServiceError, OSError) as error:
                 get_log().warning("housekeeping.failed", error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
@@ -192,12 +198,38 @@ class Housekeeping:
 
     def sweep(self) -> None:
         """Remove what nobody needs: unnamed files, folders of finished jobs, copies of deleted generations, old messages and signs."""
-        self.sweep_files()
         self.sweep_signs()
-        self.sweep_folders(self._settings.attempts_directory, self._finished_jobs)
-        self.sweep_folders(self._settings.cache_directory / "generations", self._deleted_generations)
         with self._database.transaction() as session:
             forget_old_messages(session, older_than_seconds=KEEP_MESSAGES_SECONDS)
+            _forget_old_checkpoints(session)
+        self._sweep_host_when_due()
+        if self._storage.is_local:
+            self.sweep_files()
+        else:
+            self._sweep_files_beside()
+
+    def _sweep_files_beside(self) -> None:
+        """A bucket takes long to list, and longer when it is away: jobs must not wait for that."""
+        moment, pause = time.monotonic(), max(SWEEP_SECONDS, self._settings.orphan_grace_seconds / 4)
+        if moment - self._files_swept_at < pause or (self._sweeper is not None and self._sweeper.is_alive()):
+            return
+        self._files_swept_at = moment
+        self._sweeper = threading.Thread(target=self._try_to_sweep_files, name="sweeper", daemon=True)
+        self._sweeper.start()
+
+    def _try_to_sweep_files(self) -> None:
+        try:
+            self.sweep_files()
+        except (sqlalchemy.exc.SQLAlchemyError, ServiceError) as error:
+            get_log().warning("sweep.failed", error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _sweep_host_when_due(self) -> None:
+        moment = time.monotonic()
+        if moment - self._host_swept_at < SWEEP_SECONDS / 2:
+            return
+        self._host_swept_at = moment
+        self.sweep_folders(self._settings.attempts_directory, self._finished_jobs)
+        self.sweep_folders(self._settings.cache_directory / "generations", self._deleted_generations)
 
     def sweep_files(self) -> None:
         """Remove stored files that no row names and that are old enough not to be about to be named."""
@@ -242,6 +274,15 @@ class Housekeeping:
         with self._database.reading() as session:
             kept = set(session.scalars(sa.select(Generation.id).where(Generation.id.in_(ids))))
         return [name for name in ids if name not in kept]
+
+
+def _forget_old_checkpoints(session: Session) -> None:
+    """Those in storage of jobs that failed or were canceled so long ago that nobody will retry them."""
+    ended = sa.select(Job.id).where(
+        Job.status.in_(JOB_TERMINAL), Job.finished_at < now(session) - timedelta(seconds=KEEP_UNFINISHED_SECONDS)
+    )
+    checkpoints = StoredFile.name.startswith(PREFIX, autoescape=True)
+    session.execute(sa.delete(StoredFile).where(checkpoints, StoredFile.owner_id.in_(ended)))
 
 
 def _in_batches(items: Iterable[str]) -> Iterator[list[str]]:

@@ -1,7 +1,13 @@
-"""From a job's row to what its attempt needs: ids become paths of local files, and the run's recipe and runtime come along."""
+"""From a job's row to what its attempt needs: ids become paths of local files, and the run's recipe and runtime come along.
+
+Rows are read in one short session, which only notes what files are needed; files are brought afterwards, however long that takes.
+"""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,26 @@ from core.storage import Storage, materialize
 from core.version import VERSION
 from ml.config import RuntimeConfig
 from ml.validation import to_dict
+from workers.checkpoints import restore_checkpoint
 
 _NOT_SELECTION = ("evaluation_version_ids", "keep_keys_of_set_id")
 """What the set's row keeps beside the SelectionConfig."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """Stands for the path of a stored file until that is brought."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """Stands for the path of a folder of stored files."""
+
+    name: str
+    digests: Mapping[str, str]
 
 
 class Inputs:
@@ -41,7 +64,12 @@ class Inputs:
         return self._settings.attempts_directory.resolve() / job_id
 
     def request(self, job: Job) -> dict[str, Any]:
-        """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files."""
+        """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files.
+
+        Takes as long as it takes to bring the files to this host.
+        """
+        if job.kind == "train":
+            restore_checkpoint(self._database, self._storage, job.id, self.directory(job.id))
         return {
             "job_id": job.id,
             "kind": job.kind,
@@ -64,7 +92,32 @@ class Inputs:
                 "predict": self._predict,
                 "import": self._import,
             }[job.kind]
-            return resolve(session, job)
+            needed = resolve(session, job)
+        shutil.rmtree(self._own_files(job.id), ignore_errors=True)
+        found: dict[str, Any] = self._bring(needed, self._own_files(job.id))
+        return found
+
+    def _own_files(self, job_id: str) -> Path:
+        return self.directory(job_id) / "inputs"
+
+    def drop_files(self, job_id: str) -> None:
+        """The attempt is over: the storage may take back the room of what was brought for it."""
+        shutil.rmtree(self._own_files(job_id), ignore_errors=True)
+
+    def _bring(self, needed: Any, own: Path) -> Any:
+        """The same with paths. What the storage may take back while the attempt runs is linked into the job's own folder."""
+        if isinstance(needed, dict):
+            return {name: self._bring(value, own) for name, value in needed.items()}
+        if isinstance(needed, list):
+            return [self._bring(value, own) for value in needed]
+        if isinstance(needed, _File) and self._storage.is_local:
+            return str(self._storage.fetch(needed.digest).resolve())
+        if isinstance(needed, _File):
+            return str(materialize(self._storage, {needed.name: needed.digest}, own / needed.digest) / needed.name)
+        if isinstance(needed, _Folder):
+            kept = self._settings.cache_directory.resolve() / "generations" if self._storage.is_local else own
+            return str(materialize(self._storage, needed.digests, kept / needed.name))
+        return needed
 
     def _ingest(self, _session: Session, job: Job) -> dict[str, Any]:
         return {"folder": job.input["folder"], "kind": job.input["kind"]}
@@ -139,38 +192,36 @@ class Inputs:
             "lineage": _lineage(session, job, run, teacher, versions),
         }
 
-    def _initial_weights(self, session: Session, weights: str | None, teacher_id: str | None) -> str | None:
+    def _initial_weights(self, session: Session, weights: str | None, teacher_id: str | None) -> _Folder | None:
         if weights == "teacher" and teacher_id:
             return self._generation(session, teacher_id)
         if weights is not None and weights.startswith("generation:"):
             return self._generation(session, weights.removeprefix("generation:"))
         return None
 
-    def _manifest(self, session: Session, version_id: str) -> str:
+    def _manifest(self, session: Session, version_id: str) -> _File:
         version = get_version(session, version_id)
         if version.manifest_digest is None:
             raise NotReady(f"dataset version {version_id} is {version.status}", status=version.status)
-        return str(self._storage.fetch(version.manifest_digest).resolve())
+        return _File("manifest.parquet", version.manifest_digest)
 
-    def _generation(self, session: Session, generation_id: str) -> str:
+    def _generation(self, session: Session, generation_id: str) -> _Folder:
         generation = get_generation(session, generation_id)
-        files = {row.name: row.digest for row in list_files(session, generation.id)}
-        folder = self._settings.cache_directory.resolve() / "generations" / generation.id
-        return str(materialize(self._storage, files, folder))
+        return _Folder(generation.id, {row.name: row.digest for row in list_files(session, generation.id)})
 
-    def _shards(self, session: Session, row: PseudoLabelSet, purpose: str) -> list[str]:
+    def _shards(self, session: Session, row: PseudoLabelSet, purpose: str) -> list[_File]:
         jobs = list_shards(session, row.id, purpose=purpose)
         digests = _digests_of_shards(session, row.id)
         missing = [job.id for job in jobs if job.id not in digests]
         if missing:
             raise NotFound(f"jobs {', '.join(missing[:5])} of set {row.id} have no shard", jobs=missing[:100])
-        return [str(self._storage.fetch(digests[job.id]).resolve()) for job in jobs]
+        return [_File("shard.parquet", digests[job.id]) for job in jobs]
 
-    def _selected(self, session: Session, set_id: str) -> str:
+    def _selected(self, session: Session, set_id: str) -> _File:
         digests = {row.name: row.digest for row in list_files(session, set_id)}
         if "selected.parquet" not in digests:
             raise NotReady(f"pseudo-label set {set_id} is {get_set(session, set_id).status}")
-        return str(self._storage.fetch(digests["selected.parquet"]).resolve())
+        return _File("selected.parquet", digests["selected.parquet"])
 
 
 def _digests_of_shards(session: Session, set_id: str) -> dict[str, str]:

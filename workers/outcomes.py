@@ -10,12 +10,13 @@ from sqlalchemy.orm import Session
 
 from core.db import jobs
 from core.db.datasets import fail_version, finish_version
-from core.db.files import name_files
+from core.db.files import forget_files, name_files
 from core.db.generations import register_generation
 from core.db.pseudo_labels import finish_set
 from core.db.tables import Iteration, Job, Run
 from core.errors import NotFound, NotReady, ServiceError, StorageDamaged, StorageError, StorageFull
 from core.storage import Storage
+from workers.checkpoints import PREFIX
 from workers.progress import Reports
 
 Stored = dict[str, dict[str, Any]]
@@ -48,6 +49,7 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
     if done is None:
         return None
     name_files(session, job.id, log)
+    forget_files(session, job.id, prefix=PREFIX)
     if job.kind == "ingest":
         manifest = made["manifest"] | files["manifest.parquet"]
         finish_version(session, job.input["version_id"], manifest=manifest, report=made["report"])

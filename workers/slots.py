@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
-import sqlalchemy.exc
 from sqlalchemy.orm import Session
 
 from core.db import jobs
-from core.db.session import Database
+from core.db.session import AWAY, Database
 from core.db.tables import Job
 from core.errors import ServiceError, StorageError
 from core.logs import get_log
 from workers import outcomes
+from workers.beside import Beside
+from workers.checkpoints import CheckpointKeeper
 from workers.child import Child
 from workers.processes import count_oom_kills
 from workers.progress import FLUSH_SECONDS, Reports
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FINAL = ("result", "error", "interrupted")
-AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
-"""What SQLAlchemy raises when the database cannot be reached, is locked for too long, or has no room."""
 _SURPRISE = {"class": "permanent", "code": "attempt.surprise", "message": "the worker could not make sense of this job; its log says why"}
 _LISTEN_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 5.0
@@ -43,6 +42,8 @@ class Watch:
 
     job: Job
     child: Child
+    keeper: CheckpointKeeper | None
+    """None where checkpoints lie in storage's own file system anyway."""
     reports: Reports = field(default_factory=Reports)
     looked_at: float = field(default_factory=time.monotonic)
     beat_at: float = field(default_factory=time.monotonic)
@@ -119,11 +120,14 @@ class Slot(threading.Thread):
         log.info("attempt.started", token=job.token)
         watch = None
         try:
-            request = self._supervisor.inputs.request(job)
-            watch = Watch(job, self._child or Child())
-            self._child = None
-            watch.child.send(request)
-            ended, done = self._follow(watch)
+            request = self._prepare(job)
+            if request is None:
+                ended, done = self._give_back(job), False
+            else:
+                watch = Watch(job, self._child or Child(), self._make_keeper(job))
+                self._child = None
+                watch.child.send(request)
+                ended, done = self._follow(watch)
         except ServiceError as error:
             ended, done = self._fail(job, outcomes.describe_refusal(error), watch), False
         except AWAY as error:
@@ -142,9 +146,13 @@ class Slot(threading.Thread):
             self._child = watch.child
         elif watch is not None:
             watch.child.kill()
+        if watch is not None and watch.keeper is not None:
+            watch.keeper.abandon()
         log.info("attempt.ended", status=ended.status if ended else "fenced")
         if ended is not None and ended.status == "succeeded":
             shutil.rmtree(self._supervisor.inputs.directory(job.id), ignore_errors=True)
+        else:
+            self._supervisor.inputs.drop_files(job.id)
         self._supervisor.job_ended(job)
         following = self._claim(set_id=job.pseudo_label_set_id) if keep and not self._supervisor.stopping.is_set() else None
         if following is None:
@@ -165,6 +173,8 @@ class Slot(threading.Thread):
                 return self._finish(watch, message)
             if message is not None:
                 watch.reports.take(message)
+                if watch.keeper is not None and message.get("kind") == "checkpoint":
+                    watch.keeper.note()
             elif watch.child.is_gone:
                 how = watch.child.kill()
                 if watch.stop_reason is not None:
@@ -231,9 +241,11 @@ class Slot(threading.Thread):
             return self._fail(watch.job, message["error"], watch), False
         job, storage = watch.job, self._supervisor.storage
         try:
-            files = outcomes.store(storage, message["files"])
+            files = self._beside(job, lambda: outcomes.store(storage, message["files"]), patient=True)
         except StorageError as error:
             return self._fail(job, outcomes.describe_refusal(error), watch), False
+        if files is None:
+            return self._interrupt(watch), False
         log = self._store_log(job)
 
         def write(session: Session) -> Job | None:
@@ -243,6 +255,7 @@ class Slot(threading.Thread):
         return self._settle(write), watch.stop_reason is None
 
     def _fail(self, job: Job, error: dict[str, Any], watch: Watch | None) -> Job | None:
+        self._keep_checkpoint(job, watch)
         log, backoff = self._store_log(job), self._settings.retry_backoff_seconds
 
         def write(session: Session) -> Job | None:
@@ -254,6 +267,7 @@ class Slot(threading.Thread):
         return self._settle(write)
 
     def _interrupt(self, watch: Watch) -> Job | None:
+        self._keep_checkpoint(watch.job, watch)
         job, log = watch.job, self._store_log(watch.job)
 
         def write(session: Session) -> Job | None:
@@ -263,11 +277,63 @@ class Slot(threading.Thread):
 
         return self._settle(write)
 
+    def _prepare(self, job: Job) -> dict[str, Any] | None:
+        """What the child is to be told; None when the job was taken away, canceled or must wait for another worker meanwhile."""
+        return self._beside(job, lambda: self._supervisor.inputs.request(job), patient=False)
+
+    def _give_back(self, job: Job) -> Job | None:
+        return self._settle(lambda session: outcomes.record_interruption(session, job, {}, reason="worker.stopped"))
+
+    def _make_keeper(self, job: Job) -> CheckpointKeeper | None:
+        if self._supervisor.storage.is_local or job.kind != "train":
+            return None
+        return CheckpointKeeper(self._database, self._supervisor.storage, job, self._supervisor.inputs.directory(job.id))
+
+    def _keep_checkpoint(self, job: Job, watch: Watch | None) -> None:
+        """Another host may go on from what this attempt wrote last."""
+        if watch is not None and watch.keeper is not None:
+            self._beside(job, watch.keeper.finish, patient=True)
+
+    def _beside(self, job: Job, doing: Callable[[], T], *, patient: bool) -> T | None:
+        """Let storage take its time while the lease is kept; raises what `doing` raises.
+
+        None when the job is not this worker's any more, or the worker must end: at once or, when `patient`, after the grace period; or when
+        somebody wished it canceled, unless `patient`. What was begun then ends by itself, and nobody looks at it.
+        """
+        if self._supervisor.storage.is_local:
+            return doing()
+        work = Beside(doing)
+        beat_at = time.monotonic()
+        stop_at: float | None = None
+        while not work.wait(_LISTEN_SECONDS):
+            now = time.monotonic()
+            if self._supervisor.stopping.is_set():
+                stop_at = stop_at or now + (self._settings.grace_seconds if patient else 0)
+            if stop_at is not None and now >= stop_at:
+                return None
+            if now - beat_at >= min(FLUSH_SECONDS, self._settings.lease_seconds / 4):
+                beat_at = now
+                if not self._still_ours(job, patient=patient):
+                    return None
+        return work.result()
+
+    def _still_ours(self, job: Job, *, patient: bool) -> bool:
+        try:
+            with self._database.transaction() as session:
+                row = jobs.heartbeat(session, job.id, token=job.token, lease_seconds=self._settings.lease_seconds, progress=None)
+        except AWAY as error:
+            get_log().warning("database.away", doing="heartbeat", job_id=job.id, error=str(error).splitlines()[0])
+            return True
+        return row is not None and (patient or row.cancel_requested_at is None)
+
     def _store_log(self, job: Job) -> outcomes.Stored:
         """Keep the attempt's log where every host finds it; without one, nothing."""
-        path = self._supervisor.inputs.directory(job.id) / f"attempt-{job.attempt}.log"
+        path, storage = self._supervisor.inputs.directory(job.id) / f"attempt-{job.attempt}.log", self._supervisor.storage
+        if not path.is_file() or not path.stat().st_size:
+            return {}
         try:
-            return {path.name: self._supervisor.storage.put(path)} if path.is_file() and path.stat().st_size else {}
+            kept = self._beside(job, lambda: storage.put(path), patient=True)
+            return {} if kept is None else {path.name: kept}
         except StorageError as error:
             get_log().warning("attempt.log_lost", job_id=job.id, error=error.message)
             return {}

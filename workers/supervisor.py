@@ -12,7 +12,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from core.db.jobs import release_dead_holder
-from core.db.session import Database
+from core.db.session import AWAY, Database
 from core.db.tables import Job, Worker
 from core.db.workers import WorkerDescription, is_draining, register_worker, release_singleton, see_worker
 from core.logs import get_log
@@ -22,7 +22,7 @@ from workers.announcement import describe_worker
 from workers.health import SignOfLife
 from workers.inputs import Inputs
 from workers.processes import start_ticks
-from workers.slots import AWAY, Slot
+from workers.slots import Slot
 
 SEEN_SECONDS = 15.0
 HAND_ON_SECONDS = 2.0

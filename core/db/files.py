@@ -27,9 +27,18 @@ def list_files(session: Session, owner_id: str) -> list[StoredFile]:
     return list(session.scalars(sa.select(StoredFile).where(StoredFile.owner_id == owner_id).order_by(StoredFile.name)))
 
 
-def forget_files(session: Session, owner_id: str) -> None:
-    """The owner is gone; housekeeping removes what nobody else names."""
-    session.execute(sa.delete(StoredFile).where(StoredFile.owner_id == owner_id))
+def forget_files(session: Session, owner_id: str, *, prefix: str = "") -> None:
+    """The owner is gone, or needs its files of that prefix no more; housekeeping removes what nobody else names."""
+    query = sa.delete(StoredFile).where(StoredFile.owner_id == owner_id)
+    session.execute(query.where(StoredFile.name.startswith(prefix, autoescape=True)) if prefix else query)
+
+
+def replace_files(session: Session, owner_id: str, files: dict[str, dict[str, Any]], *, prefix: str) -> set[str]:
+    """Name these files instead of the owner's whose names begin with `prefix`; returns the digests that nobody names any more."""
+    before = [row.digest for row in list_files(session, owner_id) if row.name.startswith(prefix)]
+    forget_files(session, owner_id, prefix=prefix)
+    name_files(session, owner_id, files)
+    return set(before) - find_named_digests(session, before)
 
 
 def find_named_digests(session: Session, digests: list[str]) -> set[str]:

@@ -12,11 +12,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+import sqlalchemy.exc
 from sqlalchemy.orm import Session
 
 BUSY_TIMEOUT_SECONDS = 30
 IDLE_TRANSACTION_SECONDS = 10.0
 """Transactions are short: one that says nothing for this long belongs to a frozen process or a lost host."""
+
+AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+"""What SQLAlchemy raises when the database cannot be reached, is locked for too long, or has no room."""
 
 
 class Database:

@@ -140,7 +140,7 @@ class S3Storage:
         while True:
             answer = self._get(digest, done)
             total = done + answer["ContentLength"]
-            if done and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            if done and not answer.get("ContentRange", "").startswith(f"bytes {done}-"):
                 raise StorageError(f"fetching {digest} failed: the connection broke, and {self.place} cannot send the rest alone")
             tries += 1
             try:
@@ -206,7 +206,8 @@ class S3Storage:
             raise
         date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
         moment = parsedate_to_datetime(date) if date else datetime.now(UTC)
-        return _Found(head["ContentLength"], (moment - head["LastModified"]).total_seconds())
+        # The header knows no fractions of a second.
+        return _Found(head["ContentLength"], max(0.0, (moment - head["LastModified"]).total_seconds()))
 
     def _client(self, *, impatient: bool = False) -> Any:
         """One for all threads; the impatient one answers yes or no within a few seconds."""
@@ -217,8 +218,8 @@ class S3Storage:
             return self._clients[name]
 
     def _make_client(self, *, impatient: bool) -> Any:
-        import boto3
         from botocore.config import Config
+        from botocore.session import get_session
 
         config = Config(
             connect_timeout=2 if impatient else 5,
@@ -233,10 +234,10 @@ class S3Storage:
             s3={"addressing_style": "path"} if self.place.endpoint_url else None,
         )
         # Without a region boto3 refuses to begin; stores that are not AWS take any.
-        session = boto3.session.Session()
-        region = self.place.region or session.region_name or "us-east-1"
+        session = get_session()
+        region = self.place.region or session.get_config_variable("region") or "us-east-1"
         try:
-            return session.client("s3", endpoint_url=self.place.endpoint_url, region_name=region, config=config)
+            return session.create_client("s3", endpoint_url=self.place.endpoint_url, region_name=region, config=config)
         except ValueError as error:
             wanted = "must be http://HOST:PORT or https://HOST"
             raise StorageError(f"NOISY_STUDENT_S3_ENDPOINT_URL is {self.place.endpoint_url!r}, but {wanted}") from error

@@ -130,14 +130,13 @@ def test_waiting_for_a_job_that_fails_ends_with_1_and_its_reason(api: Api, call:
 
 def test_doctor_names_everything_that_is_wrong_with_the_machine(api: Api, tmp_path: Path) -> None:
     taken = str(api.client.base_url.port)
+    wrong = {"PORT": taken, "REDIS_URL": "redis://127.0.0.1:1", "STORAGE_URL": "s3://bucket", "S3_ENDPOINT_URL": "http://127.0.0.1:1"}
 
-    done = command(
-        "doctor", "--json", directory=tmp_path, seconds=200, NOISY_STUDENT_PORT=taken, NOISY_STUDENT_REDIS_URL="redis://127.0.0.1:1"
-    )
+    done = command("doctor", "--json", directory=tmp_path, seconds=200, **{f"NOISY_STUDENT_{name}": value for name, value in wrong.items()})
 
     found: list[dict[str, Any]] = json.loads(done.stdout)
     assert done.returncode == 1
-    assert {"port", "redis"} <= {finding["name"] for finding in found if finding["verdict"] == "bad"}
+    assert {"port", "redis", "storage"} <= {finding["name"] for finding in found if finding["verdict"] == "bad"}
     assert {"python", "training", "serving", "cores"} <= {finding["name"] for finding in found if finding["verdict"] == "ok"}
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageDamaged, StorageError
-from core.storage import LocalStorage, materialize
+from core.settings import Settings
+from core.storage import LocalStorage, Storage, make_storage, materialize
+from tests.builders_services import S3Server
 
 
 def make_file(directory: Path, content: bytes = b"weights", name: str = "file") -> Path:
@@ -22,24 +24,38 @@ def make_file(directory: Path, content: bytes = b"weights", name: str = "file") 
     return path
 
 
+@pytest.fixture(params=["directory", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """Every test that takes this runs over both."""
+    if request.param == "directory":
+        return LocalStorage(tmp_path / "objects")
+    server: S3Server = request.getfixturevalue("s3_server")
+    return make_storage(
+        Settings(storage_url=request.getfixturevalue("s3_url"), s3_endpoint_url=server.url, data_directory=tmp_path / "data")
+    )
+
+
 def names_in(storage: LocalStorage) -> list[str]:
     return sorted(path.name for path in storage.directory.glob("*/*"))
 
 
-def test_the_same_content_is_kept_once(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "objects")
+def listed_in(storage: Storage) -> list[str]:
+    return sorted(storage.list_old(older_than_seconds=-60, now_seconds=time.time()))
 
+
+def test_the_same_content_is_kept_once(storage: Storage, tmp_path: Path) -> None:
     first = storage.put(make_file(tmp_path))
     second = storage.put(make_file(tmp_path, name="copy"))
 
     assert first == second
-    assert names_in(storage) == [first["digest"]]
+    assert listed_in(storage) == [first["digest"]]
     assert storage.fetch(first["digest"]).read_bytes() == b"weights"
 
 
-def test_a_missing_file_is_called_damaged(tmp_path: Path) -> None:
-    with pytest.raises(StorageDamaged, match="missing"):
-        LocalStorage(tmp_path).fetch("0" * 64)
+def test_a_missing_file_is_called_damaged(storage: Storage) -> None:
+    for ask in (storage.fetch, storage.verify):
+        with pytest.raises(StorageDamaged, match="missing"):
+            ask("0" * 64)
 
 
 def test_an_altered_file_is_found(tmp_path: Path) -> None:
@@ -53,9 +69,10 @@ def test_an_altered_file_is_found(tmp_path: Path) -> None:
         storage.verify(digest)
 
 
-def test_a_name_that_is_no_digest_reaches_no_path(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="not a SHA-256"):
-        LocalStorage(tmp_path).fetch("../" * 20 + "etcpw")
+def test_a_name_that_is_no_digest_reaches_no_path(storage: Storage) -> None:
+    for ask in (storage.fetch, storage.verify, storage.remove):
+        with pytest.raises(StorageError, match="not a SHA-256"):
+            ask("../" * 20 + "etcpw")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -89,8 +106,7 @@ def test_only_old_files_are_listed_and_what_a_dead_writer_left_is_removed(tmp_pa
     assert storage.fetch(young).exists()
 
 
-def test_a_file_that_was_kept_again_is_not_removed(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "objects")
+def test_a_file_that_was_kept_again_is_not_removed(storage: Storage, tmp_path: Path) -> None:
     digest = storage.put(make_file(tmp_path))["digest"]
 
     storage.remove(digest, unless_touched_within_seconds=60)
@@ -98,11 +114,21 @@ def test_a_file_that_was_kept_again_is_not_removed(tmp_path: Path) -> None:
 
     storage.remove(digest)
     storage.remove(digest)
-    assert names_in(storage) == []
+    assert listed_in(storage) == []
 
 
-def test_a_folder_of_stored_files_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "objects")
+def test_a_storage_that_works_says_so(storage: Storage) -> None:
+    storage.check()
+
+
+def test_a_directory_that_is_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / "objects").touch()
+
+    with pytest.raises(StorageError, match="the storage directory is not writable"):
+        LocalStorage(tmp_path / "objects").check()
+
+
+def test_a_folder_of_stored_files_appears_whole_or_not_at_all(storage: Storage, tmp_path: Path) -> None:
     digest = storage.put(make_file(tmp_path))["digest"]
 
     with pytest.raises(StorageDamaged):

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from ml.config import NoiseConfig, Recipe
 from ml.errors import RecipeError, UnknownArchitecture
 from ml.recipes import PRESETS, build_recipe, get_recipe
-from ml.validation import from_json, to_dict, to_json
+from ml.validation import build, from_json, to_dict, to_json
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.builders_services import S3Server
 from tests.server.builders import Api, api_in_process
 
 FOLDER = {"folder": "/data/flowers"}
@@ -76,6 +78,21 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_come_back(tmp_path: 
         assert int(answer.headers["retry-after"]) > 0
         assert api.client.get("/readyz").status_code == 503
         assert api.client.get("/livez").status_code == 200
+
+
+def test_readyz_names_a_bucket_that_is_away_or_missing_within_seconds(tmp_path: Path, s3_server: S3Server, s3_credentials: None) -> None:
+    places = {"http://127.0.0.1:1": "does not answer", s3_server.url: "there is no bucket nowhere"}
+    for number, (endpoint, problem) in enumerate(places.items()):
+        with api_in_process(tmp_path / str(number), storage_url="s3://nowhere/kept", s3_endpoint_url=endpoint) as api:
+            # The first answer also loads boto3.
+            api.client.get("/readyz")
+            started = time.monotonic()
+            answer = api.client.get("/readyz")
+
+            assert time.monotonic() - started < 5
+            assert answer.status_code == 503
+            assert problem in answer.json()["checks"]["storage"]
+            assert answer.json()["checks"]["database"] == "ok"
 
 
 def test_an_unknown_field_is_pointed_at(api: Api) -> None:

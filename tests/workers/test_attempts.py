@@ -254,6 +254,7 @@ def test_the_attempts_process_knows_no_secret_and_no_database(sqlite_url: str, t
     database = Database(sqlite_url)
     monkeypatch.setenv("NOISY_STUDENT_DATABASE_URL", "postgresql://user:secret@host/rows")
     monkeypatch.setenv("PGPASSWORD", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     job_id = add_ingest(database, write_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database)):
@@ -264,5 +265,6 @@ def test_the_attempts_process_knows_no_secret_and_no_database(sqlite_url: str, t
 
     assert b"user:secret@host" not in environment
     assert b"PGPASSWORD" not in environment
+    assert b"AWS_" not in environment
     assert b"NOISY_STUDENT_" not in environment
     database.close()

@@ -1,0 +1,42 @@
+"""Something slow, done by a thread of its own while somebody else keeps an eye on the time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from core.errors import ServiceError
+
+T = TypeVar("T")
+
+
+class Beside(Generic[T]):
+    """Begins at once. A thread that nobody waits for any more ends by itself, and holds no process up."""
+
+    def __init__(self, doing: Callable[[], T]) -> None:
+        self._future: Future[T] = Future()
+        self._doing = doing
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name="beside", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._doing())
+        except (ServiceError, SQLAlchemyError, OSError) as error:
+            self._future.set_exception(error)
+        finally:
+            # After a surprise, whose traceback the thread prints: whoever waits is surprised as well.
+            self._future.cancel()
+            self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, perhaps within that time."""
+        return self._done.wait(seconds)
+
+    def result(self) -> T:
+        """What came of it; raises what it raised."""
+        return self._future.result()
