@@ -6,11 +6,12 @@ import re
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from core import lifecycle
-from core.db.schema import check_schema, current_revision, migrate, newest_revision
+from core.db.schema import _config, check_schema, current_revision, migrate, newest_revision
 from core.db.session import Database
 from core.db.tables import Base
 from core.errors import SchemaMismatch
@@ -42,6 +43,20 @@ def test_the_database_itself_refuses_other_words(database: Database, table: str,
 
     [text] = [str(check["sqltext"]) for check in checks if check["name"] == f"ck_{table}_{column}"]
     assert set(re.findall(r"'([^']+)'", text)) == set(words)
+
+
+def test_the_newest_migration_can_be_taken_back(database: Database) -> None:
+    """For a person who tries it; a running service only ever moves on."""
+    config = _config()
+    with database.engine().begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "-1")
+    before = current_revision(database)
+
+    migrate(database)
+
+    assert before not in (None, newest_revision())
+    assert current_revision(database) == newest_revision()
 
 
 def test_migrating_twice_changes_nothing(database: Database) -> None:
