@@ -28,9 +28,14 @@ def upgrade() -> None:
     op.add_column("pseudo_label_sets", sa.Column("priority", sa.Integer(), nullable=False, server_default=sa.text("0")))
     # Each claim asks whether its worker drains.
     op.create_index("ix_workers_name", "workers", ["name"], unique=False)
+    # Each claim takes the first job of the highest priority: in this order it need not sort the whole queue.
+    op.drop_index("ix_jobs_claim", table_name="jobs")
+    op.create_index("ix_jobs_claim", "jobs", ["status", "capability", sa.text("priority DESC"), "id"], unique=False)
 
 
 def downgrade() -> None:
+    op.drop_index("ix_jobs_claim", table_name="jobs")
+    op.create_index("ix_jobs_claim", "jobs", ["status", "capability", "priority", "id"], unique=False)
     op.drop_index("ix_workers_name", table_name="workers")
     for table, column in (
         ("pseudo_label_sets", "priority"),

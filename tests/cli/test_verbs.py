@@ -12,7 +12,7 @@ import pytest
 from cli.demo import choose_student
 from cli.main import run
 from tests.cli.builders import command
-from tests.server.builders import Api, add_job, add_run, api_on_a_socket, fail, start_job, succeed
+from tests.server.builders import Api, add_job, add_run, add_worker, api_on_a_socket, fail, start_job, succeed
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -65,6 +65,20 @@ def test_a_job_is_canceled_and_queued_again(api: Api, call: Call) -> None:
 
     assert canceled[:2] == (0, f"job {job.id} is canceled\n")
     assert retried[:2] == (0, f"job {job.id} is queued again\n")
+
+
+def test_a_worker_is_listed_drained_and_resumed(api: Api, call: Call) -> None:
+    worker, gone = add_worker(api.database, "here"), add_worker(api.database, "gone", silent_seconds=3600)
+
+    verbs = [call("workers", "drain", worker.id), call("workers", "list"), call("workers", "resume", worker.id)]
+    _, everyone, _ = call("workers", "list", "--all", "--json")
+
+    assert [code for code, _, _ in verbs] == [0, 0, 0]
+    assert verbs[0][1] == f"worker {worker.id} runs nothing and takes no more jobs\n"
+    [line] = [line for line in verbs[1][1].splitlines() if line.startswith("wkr_")]
+    assert line.split()[:4] == [worker.id, "here", "drains", "cpu"]
+    assert verbs[2][1] == f"worker {worker.id} takes jobs\n"
+    assert {one["id"]: one["draining_at"] for one in json.loads(everyone)} == {worker.id: None, gone.id: None}
 
 
 def test_a_key_is_made_shown_once_and_revoked(call: Call) -> None:

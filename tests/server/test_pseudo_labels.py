@@ -104,10 +104,20 @@ def test_a_pool_is_labeled_by_any_generation_one_job_a_shard(service: Service) -
     assert service.get(f"/pseudo-label-sets/{view['id']}").json()["shards_done"] == 1
 
 
+def test_a_sets_jobs_have_its_priority(service: Service) -> None:
+    made = create(service, labeling={"shard_size": 2}, priority=-100).json()
+
+    jobs = [service.get(f"/jobs/{job_id}").json() for job_id in made["jobs"]]
+
+    assert made["priority"] == -100
+    assert [job["priority"] for job in jobs] == [-100] * 3
+
+
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
         ({"generation": "gen_no"}, "/generation"),
+        ({"priority": 101}, "/priority"),
         ({"unlabeled": "nothing"}, "/unlabeled"),
         ({"unlabeled": "test"}, "/unlabeled"),
         ({"evaluation": ["pool"]}, "/evaluation/0"),

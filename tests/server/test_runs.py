@@ -57,19 +57,19 @@ def num_runs(service: Service) -> int:
 
 
 def test_a_run_is_accepted_with_its_first_job_and_its_complete_recipe(data: Service) -> None:
-    response = ask(data, name="colors", iterations=2)
+    response = ask(data, name="colors", iterations=2, priority=100)
 
     assert response.status_code == 202, response.text
     run = response.json()
     assert response.headers["location"] == f"/api/v1/runs/{run['id']}"
     assert response.headers["retry-after"] == "1"
-    assert (run["name"], run["status"], run["iterations_wanted"]) == ("colors", "active", 2)
+    assert (run["name"], run["status"], run["iterations_wanted"], run["priority"]) == ("colors", "active", 2, 100)
     assert run["recipe"]["teacher"]["training"]["batch_size"] == 4
     assert run["recipe"]["selection"]["min_confidence"] == 0.3
     assert [iteration["phase"] for iteration in run["iterations"]] == ["training"]
     assert run["iterations"][0]["jobs"] == run["jobs"]
     assert data.get(f"/runs/{run['id']}").json() == run
-    assert data.get(f"/jobs/{run['jobs'][0]}").json()["step"] == "train-teacher"
+    assert data.get(f"/jobs/{run['jobs'][0]}").json().items() >= {"step": "train-teacher", "priority": 100}.items()
 
 
 def test_a_pool_that_holds_a_test_file_is_refused_with_both_keys(data: Service) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import pytest
 import redis
 
 from core.db.session import Database
+from core.db.workers import drain_worker
 from core.queue import make_celery
 from core.settings import Settings
 from core.storage import LocalStorage
 from tests.builders_services import wait_until
-from tests.workers.builders import add_ingest, make_settings, running_worker, wait_for_end, write_folder
+from tests.workers.builders import add_ingest, make_settings, read_events, running_worker, wait_for_end, write_folder
 from workers.supervisor import Supervisor
 from workers.tasks import register
 
 CELERY = ("celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "WARNING")
+CELERY_DEAF = ("celery", "-A", "tests.workers.deaf_consumer", *CELERY[3:])
 
 
 def open_database(url: str) -> Database:
@@ -82,4 +88,50 @@ def test_a_flushed_broker_loses_nothing(postgresql_url: str, redis_url: str, tmp
     assert [job.status for job in ended] == ["succeeded"] * 4
     assert [job.attempt for job in ended] == [1] * 4
     broker.close()
+    database.close()
+
+
+@pytest.mark.parametrize(("name", "ends"), [("deaf", True), ("hearing", False)])
+def test_a_worker_whose_consumer_has_stopped_ends_so_that_a_fresh_one_is_started(
+    postgresql_url: str, redis_url: str, tmp_path: Path, name: str, ends: bool
+) -> None:
+    database = open_database(postgresql_url)
+    patience: dict[str, Any] = {"worker_name": name, "consumer_patience_seconds": 1.5}
+    settings = make_settings(tmp_path, database, redis_url=redis_url, poll_seconds=1.0, **patience)
+    folder = write_folder(tmp_path)
+
+    with running_worker(settings, tmp_path, *CELERY_DEAF) as worker:
+        wait_until(lambda: worker.lines("worker.started"), seconds=60, what="the worker's start")
+        # It looks for itself, so nothing is lost; the hint lies in the broker.
+        assert wait_for_end(database, add_ingest(database, folder)).status == "succeeded"
+        if ends:
+            status = worker.process.wait(30)
+        else:
+            # As long as the deaf one takes, and longer.
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(4)
+            status = worker.stop()
+
+    assert status == (1 if ends else 0)
+    assert [line["capability"] for line in worker.lines("worker.consumer_stopped")] == (["cpu"] if ends else [])
+    assert worker.lines("worker.stopped")
+    database.close()
+
+
+def test_draining_celery_workers_leave_new_jobs_to_the_others(postgresql_url: str, redis_url: str, tmp_path: Path) -> None:
+    database = open_database(postgresql_url)
+    # So seldom a look that only messages can have been the reason.
+    settings = make_settings(tmp_path, database, redis_url=redis_url, poll_seconds=600.0)
+    folder = write_folder(tmp_path)
+
+    with running_worker(settings, tmp_path, *CELERY, name="a") as first, running_worker(settings, tmp_path, *CELERY, name="b") as second:
+        wait_until(lambda: first.lines("worker.started") and second.lines("worker.started"), seconds=60, what="both starts")
+        with database.transaction() as session:
+            drain_worker(session, first.lines("worker.started")[0]["worker_id"])
+        job_ids = [add_ingest(database, folder, name=f"photos-{number}") for number in range(4)]
+        for job_id in job_ids:
+            wait_for_end(database, job_id, seconds=60)
+
+    started = {event.data["worker"] for job_id in job_ids for event in read_events(database, job_id) if event.kind == "started"}
+    assert started == {second.lines("worker.started")[0]["worker"]}
     database.close()

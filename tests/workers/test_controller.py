@@ -37,7 +37,13 @@ def find_dataset(session: Session, name: str) -> DatasetVersion:
 
 
 def add_run(
-    database: Database, *, iterations: int = 1, recipe: dict[str, Any] | None = None, initial: str | None = None, of: str | None = ""
+    database: Database,
+    *,
+    iterations: int = 1,
+    recipe: dict[str, Any] | None = None,
+    initial: str | None = None,
+    of: str | None = "",
+    priority: int = 0,
 ) -> str:
     """A run with three label shards an iteration, on datasets of its own; of None: on those of the first run."""
     overrides = {"labeling": {"shard_size": 16}, "iterations": {"control": False}} | (recipe or {})
@@ -52,6 +58,7 @@ def add_run(
             validation=None,
             test=None,
             initial_generation_id=initial,
+            priority=priority,
         )
         return run.id
 
@@ -119,6 +126,17 @@ def test_a_run_that_leaves_the_device_open_goes_where_cuda_is_offered(database: 
     with database.reading() as session:
         found = {run_id: session.scalar(sa.select(Job.capability).where(Job.run_id == run_id)) for run_id in (auto, fixed, without)}
     assert found == {auto: "cuda", fixed: "cpu", without: "cpu"}
+
+
+def test_every_job_of_a_run_has_its_priority_and_the_control_comes_after_its_student(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    run_id = add_run(database, recipe={"iterations": {"control": True}}, priority=7)
+    play(database)
+
+    with database.reading() as session:
+        found = dict(session.execute(sa.select(Job.step, sa.func.min(Job.priority)).where(Job.run_id == run_id).group_by(Job.step)).all())
+    assert found == {"train-teacher": 7, "label": 7, "select": 7, "train-student": 7, "train-control": 6}
+    database.close()
 
 
 @pytest.mark.parametrize(("of", "status", "num_iterations"), [("", "stopped early", 1), ("-other", "completed", 2)])
