@@ -1,4 +1,4 @@
-"""The same images in tar shards, Parquet and lists are the same images; what is wrong with a source is said, and nothing is followed."""
+"""Tar shards, Parquet files and lists as sources: what is wrong with them is said, and nothing leads out of them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml import manifest_files
-from ml.errors import BadImage, DataError, MlError, NoImages
+from ml.errors import DataError, MlError, NoImages
 from ml.ingestion import ingest, scan
-from ml.locations import Location, read_bytes
-from ml.manifest import Manifest, digest_of
+from ml.manifest import Manifest
 from ml.sources import open_source
 from ml.sources.listing import Fingerprints, Notes
 from ml.sources.tars import TarSource
 from tests.ml import builders_images as images
 from tests.ml import builders_sources as builders
-from tests.ml.builders_sources import LAYOUTS
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Class folders with a broken file, in every layout."""
-    root = tmp_path_factory.mktemp("layouts")
-    folder = images.write_class_folders(root / "folder", {"cat": 7, "dog": 6})
-    (folder / "cat" / "cut.jpg").write_bytes(images.truncated_jpeg())
-    (folder / "dog" / "notes.txt").write_bytes(b"hello")
-    return builders.write_layouts(folder, root)
 
 
 def build_list(folder: Path, text: str, name: str = "list.csv") -> Path:
@@ -52,147 +39,6 @@ def write_table(path: Path, **columns: Any) -> Path:
 def left_out(report: dict[str, Any]) -> dict[str, list[str]]:
     found = [warning for warning in report["warnings"] if warning["code"] == "ingestion.left_out"]
     return {warning["message"].partition(": ")[2]: warning["examples"] for warning in found}
-
-
-@pytest.mark.parametrize("kind", ["labeled", "unlabeled", "evaluation"])
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_every_layout_has_the_same_keys_classes_and_digest_as_the_folder(layouts: dict[str, Path], layout: str, kind: Any) -> None:
-    expected, told = scan(layouts["folder"], kind=kind)
-
-    manifest, report = scan(layouts[layout], kind=kind)
-
-    assert manifest.column("key") == expected.column("key") == builders.keys_below(layouts["folder"])
-    assert manifest.table.select(["class_name", "status", "bytes"]).equals(expected.table.select(["class_name", "status", "bytes"]))
-    assert manifest.digest() == expected.digest()
-    assert report == told
-    assert report["statuses"] == {"ok": 13, "undecodable": 1, "unsupported": 1}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_row_is_read_back_from_where_it_lies(layouts: dict[str, Path], layout: str, tmp_path: Path) -> None:
-    scan(layouts[layout], kind="labeled")[0].write(tmp_path / "manifest.parquet")
-
-    manifest = Manifest.read(tmp_path / "manifest.parquet")
-
-    assert [read_bytes(location) for location in manifest.locations()] == [
-        (layouts["folder"] / key).read_bytes() for key in manifest.column("key")
-    ]
-
-
-@given(
-    names=st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="/\0."), min_size=1, max_size=8), min_size=2, max_size=6, unique=True
-    )
-)
-@settings(max_examples=25, deadline=None)
-def test_keys_are_those_of_the_folder_whatever_the_names(names: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = tmp_path_factory.mktemp("names")
-    for number, name in enumerate(names):
-        images.write_image(root / "folder" / ("sub " if number % 2 else "") / f"{name}.png", number)
-    tars = builders.write_tars(root / "folder", root / "tars", shards=2)
-    parquet = builders.write_parquet(root / "folder", root / "parquet")
-
-    expected = scan(root / "folder", kind="unlabeled")[0]
-
-    assert expected.column("key") == builders.keys_below(root / "folder")
-    assert scan(tars, kind="unlabeled")[0].digest() == expected.digest()
-    assert scan(parquet, kind="unlabeled")[0].digest() == expected.digest()
-
-
-def test_rows_that_come_in_no_order_are_put_in_order_a_few_groups_at_a_time(
-    layouts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ml.manifest.BATCH_ROWS", 2)
-    monkeypatch.setattr(manifest_files, "_SLAB", 2)
-    expected = scan(layouts["folder"], kind="labeled")[0]
-
-    found = ingest(layouts["tar"], tmp_path / "manifest.parquet", kind="labeled")
-
-    manifest = Manifest.read(tmp_path / "manifest.parquet")
-    assert manifest.table.drop_columns(["container", "offset"]).equals(expected.table.drop_columns(["container", "offset"]))
-    assert found.report["digest"] == manifest.digest() == digest_of(tmp_path / "manifest.parquet")
-    assert pq.read_metadata(tmp_path / "manifest.parquet").num_row_groups == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.parquet"]
-
-
-def test_a_manifest_without_places_reads_as_one_of_a_folder(layouts: dict[str, Path], tmp_path: Path) -> None:
-    manifest = scan(layouts["folder"], kind="labeled")[0]
-    manifest.write(tmp_path / "new")
-    table = pq.read_table(tmp_path / "new")
-    pq.write_table(table.drop_columns(["container", "offset"]), tmp_path / "old")
-
-    again = Manifest.read(tmp_path / "old")
-
-    assert again.table.equals(manifest.table)
-    assert again.locations() == manifest.locations()
-
-
-def test_an_image_that_was_changed_or_has_gone_has_a_status(tmp_path: Path) -> None:
-    members = {"a.png": images.image_bytes(1), "b.png": images.image_bytes(2)}
-    tar = builders.write_tar(tmp_path / "x.tar", members)
-    first, second = scan(tar, kind="unlabeled")[0].locations()
-    assert read_bytes(first) == members["a.png"]
-    data = bytearray(tar.read_bytes())
-    assert first.offset is not None
-    data[first.offset + 50] ^= 1
-    tar.write_bytes(bytes(data))
-
-    with pytest.raises(BadImage) as changed:
-        read_bytes(first)
-    assert read_bytes(second) == members["b.png"]
-    tar.write_bytes(bytes(data[: first.offset + 10]))
-    with pytest.raises(BadImage) as cut:
-        read_bytes(second)
-    tar.unlink()
-    with pytest.raises(BadImage) as gone:
-        read_bytes(second)
-
-    assert [caught.value.status for caught in (changed, cut, gone)] == ["changed", "changed", "missing"]
-
-
-def test_a_container_that_was_replaced_is_opened_anew(tmp_path: Path) -> None:
-    old = scan(builders.write_tar(tmp_path / "x.tar", {"a.png": images.image_bytes(1)}), kind="unlabeled")[0].locations()[0]
-    assert read_bytes(old) == images.image_bytes(1)
-    builders.write_tar(tmp_path / "new.tar", {"b.png": images.image_bytes(2, width=40), "a.png": images.image_bytes(1)}).replace(
-        tmp_path / "x.tar"
-    )
-
-    new = scan(tmp_path / "x.tar", kind="unlabeled")[0].locations()[0]
-
-    assert read_bytes(new) == images.image_bytes(1)
-    with pytest.raises(BadImage, match="something else"):
-        read_bytes(old)
-
-
-def test_a_file_of_another_length_is_changed(tmp_path: Path) -> None:
-    path = images.write_image(tmp_path / "x.png", 1)
-    location = scan(tmp_path, kind="unlabeled")[0].locations()[0]
-    path.write_bytes(path.read_bytes() + b"more")
-
-    with pytest.raises(BadImage) as caught:
-        read_bytes(location)
-
-    assert caught.value.status == "changed"
-
-
-def test_parquet_rows_that_changed_or_have_no_bytes_have_a_status(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": images.image_bytes(1), "path": "a.png"}, {"bytes": None, "path": "b.png"}, {"bytes": b"", "path": "c.png"}]
-    pq.write_table(pa.table({"image": pa.array(rows, kind)}), path)
-    manifest = scan(path, kind="unlabeled")[0]
-    assert manifest.column("status") == ["ok", "missing", "empty"]
-    [location] = manifest.usable().locations()
-
-    for changed in ({"image": pa.array(rows[1:2] + rows[:1], kind)}, {"image": pa.array([], kind)}, {"other": pa.array([1])}):
-        pq.write_table(pa.table(changed), path)
-        with pytest.raises(BadImage) as caught:
-            read_bytes(location)
-        assert caught.value.status in ("missing" if changed.get("image") else "changed", "changed")
-    path.unlink()
-    with pytest.raises(BadImage) as gone:
-        read_bytes(location)
-    assert gone.value.status == "missing"
 
 
 @pytest.mark.parametrize("names", [None, ["cat", "dog"]])
@@ -491,11 +337,3 @@ def test_shards_that_are_links_out_of_their_folder_are_refused(tmp_path: Path) -
 
     with pytest.raises(DataError, match="lead out of"):
         open_source(tmp_path / "tars")
-
-
-def test_a_location_says_where_it_is() -> None:
-    assert [str(Location("/a/x.png")), str(Location("/a/x.tar", 512)), str(Location("/a/x.parquet", 3))] == [
-        "/a/x.png",
-        "/a/x.tar, byte 512",
-        "/a/x.parquet, row 3",
-    ]
