@@ -26,7 +26,7 @@ Row = tuple[Any, ...]
 
 _NAMES = (*COLUMNS, *LOCATION_COLUMNS)
 _KEY = COLUMNS.index("key")
-_SLAB = 8
+_SLAB = 4
 """Row groups that are put in order at a time."""
 
 

@@ -59,52 +59,59 @@ class Counts:
 class _Groups(NamedTuple):
     """Rows that share a value: the largest groups first, then by their first row. Only groups of two or more."""
 
-    order: npt.NDArray[np.int64]
-    """All rows, those of a group together and in their order."""
+    rows: npt.NDArray[np.uint32]
+    """Those of a group together and in their order."""
     starts: npt.NDArray[np.int64]
-    """Where in `order` each group begins."""
+    """Where in `rows` each group begins."""
     counts: npt.NDArray[np.int64]
 
-    def members(self, group: int, most: int | None = None) -> list[int]:
-        start, count = int(self.starts[group]), int(self.counts[group])
-        rows: list[int] = self.order[start : start + (count if most is None else min(count, most))].tolist()
-        return rows
+    def members(self, group: int, most: int) -> list[int]:
+        start = int(self.starts[group])
+        found: list[int] = self.rows[start : start + min(int(self.counts[group]), most)].tolist()
+        return found
+
+    def largest(self) -> list[list[int]]:
+        """As many rows as a report shows."""
+        return [self.members(group, _IN_A_GROUP) for group in range(min(EXAMPLES, len(self.counts)))]
 
 
-def _firsts_and_groups(*columns: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], _Groups]:
+def _firsts_and_groups(*columns: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint32], _Groups]:
     """The first row of every value, sorted, and the groups of rows that agree in all columns."""
-    order = np.lexsort(columns)
-    same = np.ones(max(0, len(order) - 1), dtype=bool)
+    order = np.lexsort(columns).astype(np.uint32)
+    begins = np.zeros(len(order), dtype=bool)
+    begins[:1] = True
     for column in columns:
         inside = column[order]
-        same &= inside[1:] == inside[:-1]
-    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(order)), dtype=bool), ~same]))
+        begins[1:] |= inside[1:] != inside[:-1]
+    firsts = np.sort(order[begins])
+    starts = np.flatnonzero(begins)
     counts = np.diff(np.append(starts, len(order)))
-    firsts = np.sort(order[starts])
-    starts, counts = starts[counts > 1], counts[counts > 1]
-    largest = np.lexsort((order[starts], -counts))
-    return firsts, _Groups(order, starts[largest], counts[largest])
+    # Most rows share nothing: only the others are kept.
+    rows = order[np.repeat(counts > 1, counts)]
+    counts = counts[counts > 1]
+    starts = np.cumsum(counts) - counts
+    largest = np.lexsort((rows[starts], -counts))
+    return firsts, _Groups(rows, starts[largest], counts[largest])
 
 
 def build_report(path: Path, *, kind: Kind, counts: Counts, notes: Notes) -> dict[str, Any]:
     """The JSON-able report of the manifest at `path`."""
-    _, files = _firsts_and_groups(*_read_digests(path, "digest"))
-    first_rows, pixels = _firsts_and_groups(*_read_digests(path, "pixel_digest"))
+    num_usable = counts.statuses["ok"]
+    _, files = _firsts_and_groups(*_read_digests(path, "digest", num_usable))
+    first_rows, pixels = _firsts_and_groups(*_read_digests(path, "pixel_digest", num_usable))
     near, near_rows = _near(path, first_rows)
     torn = _torn(path, pixels) if kind != "unlabeled" else []
+    torn_rows = list(islice((row for group in torn for row in pixels.members(group, EXAMPLES)), EXAMPLES))
     shown = {
-        "duplicate_files": [files.members(group, _IN_A_GROUP) for group in range(min(EXAMPLES, len(files.counts)))],
-        "duplicate_pixels": [pixels.members(group, _IN_A_GROUP) for group in range(min(EXAMPLES, len(pixels.counts)))],
-        "near_duplicates": [
-            [int(near_rows[row]) for row in near.members(group, _IN_A_GROUP)] for group in range(min(EXAMPLES, len(near.counts)))
-        ],
-        "torn": [list(islice((row for group in torn for row in pixels.members(group, EXAMPLES)), EXAMPLES))],
+        "duplicate_files": files.largest(),
+        "duplicate_pixels": pixels.largest(),
+        "near_duplicates": [[int(near_rows[row]) for row in group] for group in near.largest()],
     }
-    keys = _read_keys(path, {row for groups in shown.values() for group in groups for row in group})
+    keys = _read_keys(path, {row for groups in (*shown.values(), [torn_rows]) for group in groups for row in group})
     report: dict[str, Any] = {
         "kind": kind,
         "num_files": counts.num_rows,
-        "num_usable": counts.statuses["ok"],
+        "num_usable": num_usable,
         **counts.to_dict(),
         "classes": dict(sorted(counts.classes.items())),
         "sizes": {name: _range(_read_numbers(path, name)) for name in ("width", "height", "bytes")},
@@ -116,7 +123,7 @@ def build_report(path: Path, *, kind: Kind, counts: Counts, notes: Notes) -> dic
             "examples": [[keys[row] for row in group] for group in shown[name]],
         }
     report["digest"] = digest_of(path)
-    report["warnings"] = _warnings(report, notes, len(torn), [keys[row] for row in shown["torn"][0]])
+    report["warnings"] = _warnings(report, notes, len(torn), [keys[row] for row in torn_rows])
     return report
 
 
@@ -126,11 +133,16 @@ def _usable(path: Path, name: str) -> Iterable[Any]:
         yield table.filter(pc.equal(table.column("status"), "ok")).column(name).combine_chunks()
 
 
-def _read_digests(path: Path, name: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+def _read_digests(path: Path, name: str, num_rows: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Half of each SHA-256, as two numbers: no two that differ will ever agree in 128 bits."""
-    halves = [_numbers_of_hex(column) for column in _usable(path, name)]
-    digests = np.concatenate(halves) if halves else np.zeros((0, 2), np.uint64)
-    return np.ascontiguousarray(digests[:, 0]), np.ascontiguousarray(digests[:, 1])
+    high, low = np.empty(num_rows, np.uint64), np.empty(num_rows, np.uint64)
+    first = 0
+    for column in _usable(path, name):
+        part = slice(first, first + len(column))
+        numbers = _numbers_of_hex(column)
+        high[part], low[part] = numbers[:, 0], numbers[:, 1]
+        first += len(column)
+    return high, low
 
 
 def _numbers_of_hex(column: Any) -> npt.NDArray[np.uint64]:
@@ -146,13 +158,16 @@ def _read_numbers(path: Path, name: str) -> npt.NDArray[Any]:
     return np.concatenate([column.to_numpy(zero_copy_only=False) for column in _usable(path, name)])
 
 
-def _near(path: Path, first_rows: npt.NDArray[np.int64]) -> tuple[_Groups, npt.NDArray[np.int64]]:
+def _near(path: Path, first_rows: npt.NDArray[np.uint32]) -> tuple[_Groups, npt.NDArray[np.uint32]]:
     """Groups of equal perceptual hashes among rows with different pixels, and which rows their numbers mean."""
-    columns = list(_usable(path, "perceptual_hash"))
-    has_hash = np.concatenate([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
-    hashes = np.concatenate([pc.fill_null(column, 0).to_numpy(zero_copy_only=False) for column in columns])
-    rows = first_rows[has_hash[first_rows]]
-    return _firsts_and_groups(hashes[rows])[1], rows
+    hashes, rows, first = [], [], 0
+    for column in _usable(path, "perceptual_hash"):
+        inside = first_rows[np.searchsorted(first_rows, first) : np.searchsorted(first_rows, first + len(column))]
+        of_column = column.take(pa.array(inside - np.uint32(first)))
+        rows.append(inside[of_column.is_valid().to_numpy(zero_copy_only=False)])
+        hashes.append(of_column.drop_null().to_numpy(zero_copy_only=False))
+        first += len(column)
+    return _firsts_and_groups(np.concatenate(hashes))[1], np.concatenate(rows)
 
 
 def _torn(path: Path, pixels: _Groups) -> list[int]:
@@ -166,7 +181,7 @@ def _torn(path: Path, pixels: _Groups) -> list[int]:
             for column in _usable(path, "class_name")
         ]
     )
-    of_class = codes[pixels.order]
+    of_class = codes[pixels.rows]
     return [
         group
         for group, (start, count) in enumerate(zip(pixels.starts.tolist(), pixels.counts.tolist(), strict=True))
