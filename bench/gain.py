@@ -96,7 +96,7 @@ def split_into_folders(source: Path, out: Path, *, per_class: int, seed: int) ->
 
 
 def _link(manifest: Manifest, folder: Path) -> None:
-    for path, key in zip(manifest.paths(), manifest.column("key"), strict=True):
+    for (path, *_), key in zip(manifest.locations(), manifest.column("key"), strict=True):
         target = folder / (key if folder.name == "labeled" else key.replace("/", "-"))
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():

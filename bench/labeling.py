@@ -83,7 +83,7 @@ def _measure(setting: _Setting, folder: Path, found: Measurement) -> dict[str, f
 
     preprocessing = Preprocessing.from_config(recipe.image)
     batch = batch_for("cpu", preprocessing.size, recipe.labeling.batch_size)
-    paths = cycle(Manifest.read(pool).paths())
+    paths = cycle(Manifest.read(pool).locations())
 
     def decode() -> float:
         return seconds_per_call(lambda: weak_view(read_image(next(paths)), preprocessing), at_least=setting.seconds)

@@ -90,9 +90,9 @@ class Stage:
             stop_step=STEPS,
             runtime=self.runtime,
         )
-        self._paths = cycle(self.manifest.paths())
-        self._images = cycle([read_image(path) for path in self.manifest.paths()[:100]])
-        self._squares = cycle([weak_view(read_image(path), self.preprocessing) for path in self.manifest.paths()[:500]])
+        self._paths = cycle(self.manifest.locations())
+        self._images = cycle([read_image(path) for path in self.manifest.locations()[:100]])
+        self._squares = cycle([weak_view(read_image(path), self.preprocessing) for path in self.manifest.locations()[:500]])
         self._numbers = count()
         self._generators = ReusedGenerator()
         self.alone = _Alone(self._network(), self)

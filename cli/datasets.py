@@ -1,4 +1,4 @@
-"""`noisy-student datasets`: folders of images, registered, read and cut into parts."""
+"""`noisy-student datasets`: folders, shards and lists of images, registered, read and cut into parts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import typer
 from cli.client import API
 from cli.invocation import Invocation, get_invocation
 from cli.progress import show_job_progress
+from ml.sources import FORMATS
 
-app = typer.Typer(no_args_is_help=True, help="Folders of images: register, split, list.")
+app = typer.Typer(no_args_is_help=True, help="Images in folders, tar shards, Parquet files or lists: register, split, list.")
 KINDS = ("labeled", "unlabeled", "evaluation")
 
 
@@ -20,22 +21,32 @@ def add(
     context: typer.Context,
     *,
     name: Annotated[str, typer.Argument(help="A new name, for example `flowers`.")],
-    folder: Annotated[Path, typer.Argument(help="Below one of the service's dataset roots, on the service's machine.")],
-    kind: Annotated[str, typer.Option(help="labeled or evaluation (a folder per class), or unlabeled (any layout).")],
-    new_version: Annotated[bool, typer.Option("--new-version", help="Read the folder into a further version of a dataset.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Hold on until the folder is read.")] = True,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images or of shards, a .tar, .parquet, .csv or .jsonl file, or a pattern like shard-{000..099}.tar; "
+            "below one of the service's dataset roots, on the service's machine."
+        ),
+    ],
+    kind: Annotated[str, typer.Option(help="labeled or evaluation (with classes), or unlabeled.")],
+    source_format: Annotated[str, typer.Option("--format", help=f"What lies there: {', '.join(FORMATS)}.")] = "auto",
+    split: Annotated[str | None, typer.Option(help="Of a list or of Parquet files that have several, for example train.")] = None,
+    new_version: Annotated[bool, typer.Option("--new-version", help="Read it into a further version of a dataset.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Hold on until it is read.")] = True,
 ) -> None:
-    """Register a folder of images and have it read."""
+    """Register images and have them read."""
     invocation = get_invocation(context)
     if kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}", param_hint="--kind")
-    source = {"folder": str(folder if folder.is_absolute() else Path.cwd() / folder)}
+    if source_format not in FORMATS:
+        raise typer.BadParameter(f"{source_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
+    source = {"path": str(path if path.is_absolute() else Path.cwd() / path), "format": source_format, "split": split}
     if new_version:
         job = invocation.client.post(f"{API}/datasets/{name}/versions", {"source": source})
     else:
         job = invocation.client.post(f"{API}/datasets", {"name": name, "kind": kind, "source": source})
     if not wait:
-        invocation.output.result(job, f"job {job['id']} reads {source['folder']}")
+        invocation.output.result(job, f"job {job['id']} reads {source['path']}")
         return
     finish(invocation, job, f"reading {name}")
     version = invocation.client.get(f"{API}/dataset-versions/{job['resources']['dataset_version_id']}")

@@ -100,7 +100,7 @@ class TrainingBatches:
         self._pinned = runtime.device == "cuda"
 
         def source(name: str, images: Manifest, repeats: Any, size: int) -> Source:
-            views = StrongViews(images.paths(), image, noise)
+            views = StrongViews(images.locations(), image, noise)
             if cached:
                 views.cache, views.filled = self._memory(len(images) * image_bytes), self._memory(len(images))
             return Source(ImageStream(name, seed, repeats), views, size)

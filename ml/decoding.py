@@ -4,7 +4,7 @@ Two threads that decode 32-pixel files in one process are slower than one, and e
 A decoding process imports Pillow and numpy only, starts in a quarter of a second, and ends when its standard input does,
 so none outlives whoever started it.
 
-    request   one JSON line: paths, preprocessing
+    request   one JSON line: locations, preprocessing
     answer    one JSON line: statuses; then the pixels, uint8 [M, H, W, C], of those with status "ok"
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ml.errors import BadImage
+from ml.locations import Location
 from ml.pixels import Preprocessing, read_image, weak_view
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,12 +44,12 @@ class Views(NamedTuple):
     """One per file."""
 
 
-def weak_views(paths: Sequence[str], preprocessing: Preprocessing) -> Views:
-    """Read, decode and resize these files, here and now."""
+def weak_views(locations: Sequence[Location], preprocessing: Preprocessing) -> Views:
+    """Read, decode and resize these images, here and now."""
     images, statuses = [], []
-    for path in paths:
+    for location in locations:
         try:
-            images.append(weak_view(read_image(path), preprocessing))
+            images.append(weak_view(read_image(location), preprocessing))
             statuses.append("ok")
         except BadImage as error:
             statuses.append(error.status)
@@ -62,11 +63,11 @@ class _Decoder:
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, "-c", _MAIN, *sys.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def weak_views(self, paths: Sequence[str], preprocessing: Preprocessing) -> Views:
+    def weak_views(self, locations: Sequence[Location], preprocessing: Preprocessing) -> Views:
         """Like the function; OSError or ValueError when the process is gone."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = json.dumps({"paths": list(paths), "preprocessing": preprocessing.to_dict()})
+        request = json.dumps({"locations": list(locations), "preprocessing": preprocessing.to_dict()})
         self._process.stdin.write(request.encode() + b"\n")
         self._process.stdin.flush()
         statuses: list[str] = json.loads(self._process.stdout.readline())
@@ -96,17 +97,17 @@ class Decoders:
         for _ in range(count):
             self._idle.put(None)
 
-    def weak_views(self, paths: Sequence[str], preprocessing: Preprocessing) -> Views:
+    def weak_views(self, locations: Sequence[Location], preprocessing: Preprocessing) -> Views:
         """Like the function, in the next process that is free; in this one when that process dies, as it may where memory is short."""
         decoder = self._idle.get()
         try:
             decoder = decoder or _Decoder()
-            return decoder.weak_views(paths, preprocessing)
+            return decoder.weak_views(locations, preprocessing)
         except (OSError, ValueError):
             if decoder is not None:
                 decoder.end()
             decoder = None
-            return weak_views(paths, preprocessing)
+            return weak_views(locations, preprocessing)
         finally:
             self._idle.put(decoder)
 
@@ -157,7 +158,7 @@ def serve() -> None:
     answers = sys.stdout.buffer
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        views = weak_views(request["paths"], Preprocessing.from_dict(request["preprocessing"]))
+        views = weak_views([Location(*location) for location in request["locations"]], Preprocessing.from_dict(request["preprocessing"]))
         answers.write(json.dumps(views.statuses).encode() + b"\n")
         answers.write(views.images.data)
         answers.flush()

@@ -1,235 +1,179 @@
-"""From a folder to a manifest and a report: every file gets a row, every oddity a line. numpy and pyarrow only, no torch.
+"""From a source of images to a manifest and a report: every image gets a row, every oddity a line. numpy and pyarrow only, no torch.
 
-Labeled and evaluation folders hold one folder per class (images may lie deeper); unlabeled ones are flat or nested.
+What a source is (folders, tar shards, Parquet files, lists) is `ml.sources`' matter.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ml.errors import BadImage, DataError, Interrupted, NoImages, TooFewLabels
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
+from ml.locations import read_bytes
 from ml.manifest import Kind, Manifest, Share, split
-from ml.pixels import decode, perceptual_hash, pixel_digest, read_bytes
+from ml.manifest_files import Row, RowFile, write_manifest
+from ml.pixels import decode, perceptual_hash, pixel_digest
+from ml.reports import Counts, build_report
+from ml.sources import Format, Source, open_source
+from ml.sources.listing import EXAMPLES, Entry, Fingerprints, Notes
 
 PART_KINDS: dict[str, Kind] = {"test": "evaluation", "validation": "evaluation", "labeled": "labeled", "unlabeled": "unlabeled"}
 
-_EXAMPLES = 100
 _CHUNK = 256
 # Pillow lets go of the interpreter lock while it decodes; more threads than two would fight over it in between.
 _THREADS = 2
+_LISTED_AT_ONCE = 100_000
+"""Entries after which listing shows that it is alive."""
 
 
-def scan(root: str | Path, *, kind: Kind, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> tuple[Manifest, dict[str, Any]]:
-    """Read every file below `root`: (manifest with one row per file, JSON-able report).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ingested:
+    """What came of a source."""
+
+    num_images: int
+    """Rows of the manifest, the broken files among them."""
+    num_usable: int
+    class_names: tuple[str, ...]
+    report: dict[str, Any]
+    """JSON-able."""
+
+
+def ingest(
+    path: str | Path,
+    manifest: Path,
+    *,
+    kind: Kind,
+    source_format: Format = "auto",
+    split: str | None = None,
+    on_event: OnEvent = ignore,
+    should_stop: ShouldStop = never,
+) -> Ingested:
+    """Read every image of the source at `path` and write its manifest; memory hardly grows with their number.
 
     Hidden files are left out. Broken files and non-images become rows with their status. Raises NoImages for a missing or
-    empty folder or a class without a usable image, TooFewLabels for a labeled folder of one class, DataError for symbolic
-    links that lead out of the folder.
+    empty source or a class without a usable image, TooFewLabels for labeled images of one class, DataError for symbolic
+    links that lead out of the source, keys that stand twice, and what `ml.sources` refuses.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise NoImages(f"{folder} is no folder: give the path of an existing one", path=str(folder))
-    folder = folder.resolve()
-    found = _find_files(folder, kind)
+    source = open_source(path, source_format=source_format, split=split)
     on_event(Event(kind="stage", data={"stage": "ingesting"}))
-    rows = list(_inspect_all(folder, found.keys, kind, on_event, should_stop))
-    manifest = Manifest.from_rows(rows, root=folder, kind=kind)
-    _refuse_unusable(manifest, found, folder)
-    return manifest, _report(manifest, found)
+    total, notes = _list(source, kind, on_event, should_stop)
+    counts = Counts()
+    with TemporaryDirectory(dir=manifest.parent, prefix=".ingest-") as folder:
+        with RowFile(Path(folder) / "rows.parquet") as rows:
+            for entry, row in _inspect_all(source, kind, total, on_event, should_stop):
+                rows.add(row)
+                counts.add(entry.key, entry.class_name, row[_STATUS])
+        _refuse_unusable(source, path, kind, counts, notes)
+        class_names = tuple(sorted(counts.classes))
+        write_manifest(rows, manifest, root=source.root, kind=kind, class_names=class_names)
+    report = build_report(manifest, kind=kind, counts=counts, notes=notes)
+    return Ingested(num_images=counts.num_rows, num_usable=counts.statuses["ok"], class_names=class_names, report=report)
 
 
-@dataclass(slots=True)
-class _Found:
-    root: Path
-    kind: Kind
-    keys: list[str] = field(default_factory=list)
-    class_folders: list[str] = field(default_factory=list)
-    escaping: list[str] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
+def scan(
+    root: str | Path,
+    *,
+    kind: Kind,
+    source_format: Format = "auto",
+    on_event: OnEvent = ignore,
+    should_stop: ShouldStop = never,
+) -> tuple[Manifest, dict[str, Any]]:
+    """`ingest` into memory: (manifest, report)."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.parquet"
+        found = ingest(root, path, kind=kind, source_format=source_format, on_event=on_event, should_stop=should_stop)
+        return Manifest.read(path), found.report
 
-    def leave_out(self, reason: str, key: str) -> None:
-        self.left_out.setdefault(reason, []).append(key)
 
-
-def _find_files(root: Path, kind: Kind) -> _Found:
-    found = _Found(root, kind)
-    folders = [""]
-    while folders:
-        prefix = folders.pop()
-        with os.scandir(root / prefix) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    folders += _sort_entry(entry, prefix, found)
-    if found.escaping:
+def _list(source: Source, kind: Kind, on_event: OnEvent, should_stop: ShouldStop) -> tuple[int, Notes]:
+    """How many entries there are, and what is left out; refuses a source that is not whole before anything is decoded."""
+    notes, prints, count = Notes(), Fingerprints(), 0
+    for entry in source.entries(kind, notes):
+        count += 1
+        if not source.has_unique_keys:
+            prints.add(entry.key)
+        if count % _CHUNK == 0 and should_stop():
+            raise Interrupted(f"stopped after listing {count} images")
+        if count % _LISTED_AT_ONCE == 0:
+            on_event(Event(kind="progress", data={"done": 0, "total": count, "unit": "files", "images_per_second": 0.0}))
+    if notes.escaping:
         raise DataError(
-            f"symbolic links lead out of {root}: {', '.join(sorted(found.escaping)[:10])}; copy the files in or remove the links",
-            keys=sorted(found.escaping)[:_EXAMPLES],
+            f"symbolic links lead out of {source.root}: {', '.join(sorted(notes.escaping)[:10])}; copy the files in or remove the links",
+            keys=sorted(notes.escaping)[:EXAMPLES],
         )
-    found.keys.sort()
-    return found
+    repeated = prints.repeated()
+    if repeated:
+        _refuse_repeated(source, kind, repeated)
+    return count, notes
 
 
-def _sort_entry(entry: os.DirEntry[str], prefix: str, found: _Found) -> list[str]:
-    """Note the entry in `found`; the prefix of its files when it is a folder to go into."""
-    key = f"{prefix}{entry.name}"
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        found.leave_out("their names are not UTF-8", ascii(key))
-        return []
-    if entry.is_symlink():
-        if not Path(entry.path).resolve().is_relative_to(found.root):
-            found.escaping.append(key)
-            return []
-        if entry.is_dir():
-            # Its files are reached without it; following it may never end.
-            found.leave_out("they are linked folders", key)
-            return []
-    if entry.is_dir():
-        if not prefix:
-            found.class_folders.append(entry.name)
-        return [f"{key}/"]
-    if found.kind != "unlabeled" and not prefix:
-        found.leave_out("they lie beside the class folders, not in one", key)
-    else:
-        found.keys.append(key)
-    return []
+def _refuse_repeated(source: Source, kind: Kind, repeated: set[int]) -> None:
+    seen: dict[str, list[str]] = {}
+    for entry in source.entries(kind, Notes()):
+        if Fingerprints.of(entry.key) in repeated:
+            seen.setdefault(entry.key, []).append(entry.container or entry.key)
+    twice = {key: places for key, places in sorted(seen.items()) if len(places) > 1}
+    if twice:
+        key, places = next(iter(twice.items()))
+        message = f"{len(twice)} keys stand more than once, for example {key!r} in {' and '.join(places[:2])}; every image needs its own"
+        raise DataError(message, keys=list(twice)[:EXAMPLES])
 
 
-def _inspect_all(root: Path, keys: list[str], kind: Kind, on_event: OnEvent, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
-    started = time.monotonic()
+def _inspect_all(source: Source, kind: Kind, total: int, on_event: OnEvent, should_stop: ShouldStop) -> Iterator[tuple[Entry, Row]]:
+    started, done, root = time.monotonic(), 0, str(source.root)
+    entries = source.entries(kind, Notes())
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(keys), _CHUNK):
+        while chunk := list(islice(entries, _CHUNK)):
             if should_stop():
-                raise Interrupted(f"stopped after {start} of {len(keys)} files")
-            chunk = keys[start : start + _CHUNK]
-            for key, facts in zip(chunk, pool.map(lambda key: _inspect(root / key), chunk), strict=True):
-                yield {"key": key, "class_name": key.split("/", 1)[0] if kind != "unlabeled" else None, **facts}
-            done, seconds = start + len(chunk), time.monotonic() - started
-            rate = round(done / max(seconds, 1e-6), 1)
-            on_event(Event(kind="progress", data={"done": done, "total": len(keys), "unit": "files", "images_per_second": rate}))
+                raise Interrupted(f"stopped after {done} of {total} files")
+            yield from zip(chunk, pool.map(lambda entry: _inspect(entry, root), chunk), strict=True)
+            done += len(chunk)
+            rate = round(done / max(time.monotonic() - started, 1e-6), 1)
+            on_event(Event(kind="progress", data={"done": done, "total": total, "unit": "files", "images_per_second": rate}))
 
 
-def _inspect(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"digest": "", "pixel_digest": None, "perceptual_hash": None, "bytes": 0, "width": None, "height": None}
+_STATUS = 5
+"""Where in a row its status stands."""
+
+
+def _inspect(entry: Entry, root: str) -> Row:
+    """The row of one image, in the order of the manifest's columns."""
+    digest, num_bytes = "", entry.length or 0
+    place = entry.container, entry.offset
     try:
-        # Opening a pipe would wait for ever, so only files are opened.
-        if path.exists() and not path.is_file():
-            raise BadImage("not a regular file", status="unsupported")
-        facts["bytes"] = path.stat().st_size if path.exists() else 0
-        data = read_bytes(path)
-        facts["digest"] = hashlib.sha256(data).hexdigest()
+        data = read_bytes(entry.location(root))
+        digest, num_bytes = hashlib.sha256(data).hexdigest(), len(data)
         image = decode(data)
     except BadImage as error:
-        return facts | {"status": error.status}
-    return facts | {
-        "status": "ok",
-        "pixel_digest": pixel_digest(image),
-        "perceptual_hash": perceptual_hash(image),
-        "width": image.width,
-        "height": image.height,
-    }
+        num_bytes = error.details.get("num_bytes", num_bytes)
+        return (entry.key, digest, None, None, entry.class_name, error.status, num_bytes, None, None, *place)
+    facts = pixel_digest(image), perceptual_hash(image), entry.class_name, "ok", num_bytes, image.width, image.height
+    return (entry.key, digest, *facts, *place)
 
 
-def _refuse_unusable(manifest: Manifest, found: _Found, root: Path) -> None:
-    if manifest.kind == "unlabeled":
-        if not manifest.usable():
-            raise NoImages(f"{root} holds no usable image among {len(manifest)} files", **_statuses(manifest))
+def _refuse_unusable(source: Source, path: str | Path, kind: Kind, counts: Counts, notes: Notes) -> None:
+    if kind == "unlabeled":
+        if not counts.statuses["ok"]:
+            raise NoImages(f"{path} holds no usable image among {counts.num_rows} files", **counts.to_dict())
         return
-    if not found.class_folders:
-        raise NoImages(f"{root} has no class folders: put the images of each class into a folder of its own", path=str(root))
-    empty = sorted(set(found.class_folders) - set(manifest.class_names))
+    if not notes.classes:
+        raise NoImages(f"{path} {source.no_classes}", path=str(path))
+    empty = sorted(notes.classes - set(counts.classes))
     if empty:
         raise NoImages(
-            f"class folders without a usable image: {', '.join(empty[:10])}; add images or remove the folders",
-            classes=empty,
-            **_statuses(manifest),
+            f"classes without a usable image: {', '.join(empty[:10])}; add images or remove the folders", classes=empty, **counts.to_dict()
         )
-    if manifest.kind == "labeled" and len(manifest.class_names) < 2:
-        raise TooFewLabels(f"{root} has one class only ({manifest.class_names[0]}): at least two are needed", classes=manifest.class_names)
-
-
-def _statuses(manifest: Manifest) -> dict[str, Any]:
-    examples: dict[str, list[str]] = {}
-    statuses = manifest.column("status")
-    for key, status in zip(manifest.column("key"), statuses, strict=True):
-        if status != "ok" and len(examples.setdefault(status, [])) < _EXAMPLES:
-            examples[status].append(key)
-    return {"statuses": dict(sorted(Counter(statuses).items())), "examples": examples}
-
-
-def _report(manifest: Manifest, found: _Found) -> dict[str, Any]:
-    usable = manifest.usable()
-    keys, pixels = usable.column("key"), usable.column("pixel_digest")
-    same_pixels = _groups(keys, pixels)
-    first_of_pixels = dict(zip(reversed(pixels), reversed(range(len(pixels))), strict=True))
-    once = usable.take(sorted(first_of_pixels.values()))
-    report: dict[str, Any] = {
-        "kind": manifest.kind,
-        "num_files": len(manifest),
-        "num_usable": len(usable),
-        **_statuses(manifest),
-        "classes": dict(sorted(Counter(name for name in usable.column("class_name") if name is not None).items())),
-        "sizes": {name: _range(usable.column(name)) for name in ("width", "height", "bytes")},
-        "duplicate_files": _duplicates(_groups(keys, usable.column("digest"))),
-        "duplicate_pixels": _duplicates(same_pixels),
-        "near_duplicates": _duplicates(_groups(once.column("key"), once.column("perceptual_hash"))),
-        "digest": manifest.digest(),
-    }
-    report["warnings"] = _warnings(report, same_pixels, manifest, found)
-    return report
-
-
-def _groups(keys: list[str], values: list[Any]) -> list[list[str]]:
-    """Keys that share a value, largest groups first; null shares nothing."""
-    members: dict[Any, list[str]] = {}
-    for key, value in zip(keys, values, strict=True):
-        if value is not None:
-            members.setdefault(value, []).append(key)
-    return sorted((group for group in members.values() if len(group) > 1), key=lambda group: (-len(group), group[0]))
-
-
-def _duplicates(groups: list[list[str]]) -> dict[str, Any]:
-    extra = sum(len(group) - 1 for group in groups)
-    return {"num_groups": len(groups), "num_extra": extra, "examples": [group[:10] for group in groups[:_EXAMPLES]]}
-
-
-def _range(values: list[int]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def _warnings(report: Mapping[str, Any], same_pixels: list[list[str]], manifest: Manifest, found: _Found) -> list[dict[str, Any]]:
-    warnings: list[dict[str, Any]] = []
-
-    def warn(code: str, message: str, keys: Sequence[str] = ()) -> None:
-        warnings.append({"code": f"ingestion.{code}", "message": message, "examples": list(keys)[:_EXAMPLES]})
-
-    for reason, keys in sorted(found.left_out.items()):
-        warn("left_out", f"{len(keys)} entries are left out: {reason}", sorted(keys))
-    for status, count in report["statuses"].items():
-        if status != "ok":
-            warn("unusable_files", f"{count} files are {status}", report["examples"][status])
-    lonely = [name for name, count in report["classes"].items() if count == 1]
-    if lonely:
-        warn("single_image_class", f"{len(lonely)} classes have one image only, too few to cut validation from", lonely)
-    if manifest.kind != "unlabeled":
-        torn = [group for group in same_pixels if len({key.split("/", 1)[0] for key in group}) > 1]
-        if torn:
-            warn("contradicting_labels", f"{len(torn)} pictures stand under more than one class", [key for group in torn for key in group])
-    extra = report["duplicate_pixels"]["num_extra"]
-    if extra:
-        warn("duplicates", f"{extra} images repeat the pixels of another one", [group[0] for group in same_pixels])
-    return warnings
+    if kind == "labeled" and len(counts.classes) < 2:
+        [only] = counts.classes
+        raise TooFewLabels(f"{path} has one class only ({only}): at least two are needed", classes=[only])
 
 
 def find_leakage(evaluation: Sequence[Manifest], others: Sequence[Manifest]) -> list[dict[str, Any]]:

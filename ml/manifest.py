@@ -1,6 +1,6 @@
 """Manifests: which images a dataset version holds, one row per file, in Parquet.
 
-A manifest never changes. Rows are sorted by `key`, the POSIX path below `root`. Images stay where they are.
+A manifest never changes. Rows are sorted by `key`, a POSIX path. Images stay where they are, below `root`.
 
     key              str         unique
     digest           str         SHA-256 of the file, hex; empty when the file could not be read
@@ -10,6 +10,11 @@ A manifest never changes. Rows are sorted by `key`, the POSIX path below `root`.
     status           str         "ok" or why the file is no image, one of `ml.pixels.STATUSES`
     bytes            int64       size of the file
     width, height    int32|null  after EXIF rotation; null unless the status is ok
+
+Where the bytes lie is no fact of the image and not part of the digest:
+
+    container        str|null    path below `root` of the file that holds the image; null: the key is the path of its own file
+    offset           int64|null  where in the container: first byte in a tar file, row in a Parquet file; null: all of it
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml.errors import ClassMismatch, DataError, TooFewLabels
 from ml.files import written_aside
+from ml.locations import Location
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,11 +40,15 @@ Share = float | Literal["rest"]
 """Of one part of a split: a share of each class below 1, a whole number of images of each class, or what the others leave."""
 
 COLUMNS = ("key", "digest", "pixel_digest", "perceptual_hash", "class_name", "status", "bytes", "width", "height")
+"""The facts; two manifests that agree in them are of the same images."""
+LOCATION_COLUMNS = ("container", "offset")
 
-_BATCH_ROWS = 65536
+BATCH_ROWS = 65536
+"""Of a row group, and of one step of the digest."""
 
 
-def _schema() -> pa.Schema:
+def schema() -> pa.Schema:
+    """Of a manifest's table."""
     # pyarrow costs 40 MB and is imported on first use, so that the API starts without it.
     import pyarrow as pa
 
@@ -47,9 +57,12 @@ def _schema() -> pa.Schema:
         "bytes": pa.int64(),
         "width": pa.int32(),
         "height": pa.int32(),
+        "offset": pa.int64(),
     }
     required = ("key", "digest", "status", "bytes")
-    return pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name not in required) for name in COLUMNS])
+    return pa.schema(
+        [pa.field(name, types.get(name, pa.string()), nullable=name not in required) for name in (*COLUMNS, *LOCATION_COLUMNS)]
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +77,10 @@ class Manifest:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, root: str | Path, kind: Kind) -> Manifest:
-        """Sort `rows` (dicts with all COLUMNS) into a manifest; class names are those of the usable rows."""
+        """Sort `rows` (dicts with all COLUMNS, and where that is needed LOCATION_COLUMNS) into a manifest.
+
+        Class names are those of the usable rows.
+        """
         import pyarrow as pa
 
         ordered = sorted(rows, key=lambda row: cast(str, row["key"]))
@@ -73,7 +89,8 @@ class Manifest:
                 raise DataError(f"the key {after['key']!r} stands twice in one manifest", key=after["key"])
         names = {row["class_name"] for row in ordered if row["class_name"] is not None and row["status"] == "ok"}
         columns = {name: [row[name] for row in ordered] for name in COLUMNS}
-        return cls(str(root), kind, tuple(sorted(names)), pa.table(columns, schema=_schema()))
+        columns |= {name: [row.get(name) for row in ordered] for name in LOCATION_COLUMNS}
+        return cls(str(root), kind, tuple(sorted(names)), pa.table(columns, schema=schema()))
 
     @classmethod
     def read(cls, path: str | Path, *, start: int = 0, stop: int | None = None) -> Manifest:
@@ -88,7 +105,11 @@ class Manifest:
             with pq.ParquetFile(path) as file:
                 table = _read_rows(file, start, file.metadata.num_rows if stop is None else stop)
             facts = json.loads((table.schema.metadata or {})[b"manifest"])
-            table = table.replace_schema_metadata(None).cast(_schema())
+            for name in LOCATION_COLUMNS:
+                # Manifests of folders used to do without.
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(len(table)))
+            table = table.replace_schema_metadata(None).cast(schema())
         except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a readable manifest: {error}", path=str(path)) from error
         return cls(facts["root"], facts["kind"], tuple(facts["class_names"]), table)
@@ -97,10 +118,9 @@ class Manifest:
         """Write Parquet to `path`, whole or not at all; equal manifests give equal bytes."""
         import pyarrow.parquet as pq
 
-        facts = {"root": self.root, "kind": self.kind, "class_names": list(self.class_names)}
-        table = self.table.replace_schema_metadata({"manifest": json.dumps(facts, sort_keys=True)})
+        table = self.table.replace_schema_metadata(metadata_of(self.root, self.kind, self.class_names))
         with written_aside(Path(path)) as aside:
-            pq.write_table(table.combine_chunks(), aside, compression="zstd", row_group_size=_BATCH_ROWS)
+            pq.write_table(table.combine_chunks(), aside, compression="zstd", row_group_size=BATCH_ROWS)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -125,11 +145,18 @@ class Manifest:
 
         return self._with(self.table.filter(pc.equal(self.table.column("status"), "ok")))
 
-    def paths(self) -> list[str]:
-        """Absolute path of every row's file."""
+    def locations(self) -> list[Location]:
+        """Where every row's bytes lie."""
         # A Path object each costs 3 µs, a thirtieth of decoding a small image.
         root = str(Path(self.root).absolute())
-        return [os.path.join(root, key) for key in self.column("key")]
+        lengths = self.column("bytes")
+        if self.table.column("container").null_count == len(self):
+            return [Location(os.path.join(root, key), None, length) for key, length in zip(self.column("key"), lengths, strict=True)]
+        columns = (self.column(name) for name in ("key", "container", "offset", "digest"))
+        return [
+            Location(os.path.join(root, container or key), offset, length, None if offset is None else digest)
+            for key, container, offset, digest, length in zip(*columns, lengths, strict=True)
+        ]
 
     def class_indices(self, class_names: Sequence[str]) -> list[int]:
         """Each row's place in `class_names`; ClassMismatch when a row has a class that is not there, or none."""
@@ -145,13 +172,13 @@ class Manifest:
         return [index[name] for name in labels]
 
     def digest(self) -> str:
-        """SHA-256, hex, over kind, classes and all rows; the same wherever the images lie."""
-        running = hashlib.sha256(json.dumps([self.kind, self.class_names]).encode())
-        for name in COLUMNS:
+        """SHA-256, hex, over kind, classes and all rows; the same wherever and in whatever the images lie."""
+
+        def batches(name: str) -> Iterator[pa.ChunkedArray]:
             column = self.table.column(name)
-            for start in range(0, len(self), _BATCH_ROWS):
-                running.update(json.dumps(column.slice(start, _BATCH_ROWS).to_pylist()).encode())
-        return running.hexdigest()
+            return (column.slice(start, BATCH_ROWS) for start in range(0, len(self), BATCH_ROWS))
+
+        return _digest(self.kind, self.class_names, batches)
 
     def unlabeled(self) -> Manifest:
         """The same images as a pool: their classes forgotten."""
@@ -195,8 +222,35 @@ def read_batches(path: str | Path, columns: Sequence[str]) -> Iterator[pa.Table]
 
     # Buffering ahead holds all columns of all row groups at once.
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
             yield pa.Table.from_batches([batch])
+
+
+def digest_of(path: str | Path) -> str:
+    """`Manifest.digest` of the manifest at `path`, in memory that does not grow with it."""
+    facts = read_facts(path)
+    return _digest(facts["kind"], facts["class_names"], lambda name: (batch.column(name) for batch in read_batches(path, [name])))
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """`root`, `kind` and `class_names` of the manifest at `path`, without its rows."""
+    import pyarrow.parquet as pq
+
+    found: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"manifest"])
+    return found
+
+
+def metadata_of(root: str | Path, kind: Kind, class_names: Sequence[str]) -> dict[str, str]:
+    """What `read_facts` reads, for the schema of a file."""
+    return {"manifest": json.dumps({"root": str(root), "kind": kind, "class_names": list(class_names)}, sort_keys=True)}
+
+
+def _digest(kind: Kind, class_names: Sequence[str], batches: Callable[[str], Iterable[pa.ChunkedArray]]) -> str:
+    running = hashlib.sha256(json.dumps([kind, class_names]).encode())
+    for name in COLUMNS:
+        for batch in batches(name):
+            running.update(json.dumps(batch.to_pylist()).encode())
+    return running.hexdigest()
 
 
 def split_validation(manifest: Manifest, ratio: float, seed: int) -> tuple[Manifest, Manifest]:

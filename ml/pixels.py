@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -27,11 +26,12 @@ import numpy.typing as npt
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from ml.errors import BadImage
+from ml.locations import Location, read_bytes
 
 if TYPE_CHECKING:
     from ml.config import ImageConfig
 
-STATUSES = ("ok", "undecodable", "too_large", "unsupported", "empty", "missing")
+STATUSES = ("ok", "undecodable", "too_large", "unsupported", "empty", "missing", "changed")
 FORMATS = tuple(
     plugin.format
     for plugin in (
@@ -42,7 +42,6 @@ FORMATS = tuple(
     )
 )
 MAX_PIXELS = 50_000_000
-MAX_FILE_BYTES = 256 * 1024 * 1024
 RULE = 1
 """Counts changes of what `decode` and `weak_view` make of a file; part of every preprocessing digest."""
 
@@ -106,21 +105,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return rgb if rotation is None else rgb.transpose(rotation)
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The RGB image in the file at `path`; BadImage when it is absent, unreadable or no image."""
-    return decode(read_bytes(path), max_pixels=max_pixels)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of an image file; BadImage when it is absent, not allowed to be read, or larger than MAX_FILE_BYTES."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise BadImage(f"the file has {size} bytes, at most {MAX_FILE_BYTES} are read", status="too_large", path=str(path))
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise BadImage(f"{path} cannot be read: {error.strerror}", status="missing", path=str(path)) from error
+def read_image(place: Location | str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image at `place`; BadImage when it is absent, unreadable, no image, or not what it was."""
+    return decode(read_bytes(place), max_pixels=max_pixels)
 
 
 def _too_large(size: str, max_pixels: int) -> BadImage:

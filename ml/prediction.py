@@ -65,25 +65,25 @@ class WeakViews:
         self.preprocessing = preprocessing
         self.decoders = decoders
         self.batch_size = batch_size
-        self._paths = manifest.paths()
+        self._locations = manifest.locations()
         self._statuses: list[str] = manifest.column("status")
-        fits = len(self._paths) * 3 * preprocessing.size**2 <= cache_bytes
+        fits = len(self._locations) * 3 * preprocessing.size**2 <= cache_bytes
         self._cache: dict[int, tuple[NDArray[np.uint8], list[str]]] | None = {} if fits else None
 
     def __len__(self) -> int:
         """Number of batches."""
-        return math.ceil(len(self._paths) / self.batch_size)
+        return math.ceil(len(self._locations) / self.batch_size)
 
     def num_rows(self) -> int:
-        return len(self._paths)
+        return len(self._locations)
 
     def batch(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Images [M, H, W, C] of the batch's readable rows, and the status of every row."""
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._paths)))
+        rows = range(index * self.batch_size, min((index + 1) * self.batch_size, len(self._locations)))
         make_views = decoding.weak_views if self.decoders is None else self.decoders.weak_views
-        images, found = make_views([self._paths[row] for row in rows if self._statuses[row] == "ok"], self.preprocessing)
+        images, found = make_views([self._locations[row] for row in rows if self._statuses[row] == "ok"], self.preprocessing)
         # A file that was fine when the manifest was made may have gone since.
         latest = iter(found)
         batch = images, [next(latest) if self._statuses[row] == "ok" else self._statuses[row] for row in rows]

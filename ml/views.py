@@ -20,6 +20,7 @@ from PIL import Image
 from ml.config import ImageConfig, NoiseConfig
 from ml.determinism import ReusedGenerator, permutation
 from ml.errors import BadImage, DataError
+from ml.locations import Location
 from ml.pixels import read_image, weak_image
 from ml.selection import SelectedLabels
 from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
@@ -60,13 +61,13 @@ class ImageStream:
 
 @dataclass(slots=True)
 class StrongViews:
-    """Strong views of a list of files.
+    """Strong views of a list of images.
 
     `cache` and `filled` are memory that workers may share, for small images: decoded squares, and whether each is there.
     It fills on first use. Two who fill one place at once write the same bytes.
     """
 
-    paths: list[str]
+    locations: list[Location]
     config: ImageConfig
     noise: NoiseConfig
     cache: Any = None
@@ -98,9 +99,10 @@ class StrongViews:
 
     def _read(self, index: int) -> Image.Image:
         try:
-            return read_image(self.paths[index])
+            return read_image(self.locations[index])
         except BadImage as error:
-            raise BadImage(f"{self.paths[index]}: {error}", status=error.status, path=self.paths[index]) from error
+            place = str(self.locations[index])
+            raise BadImage(f"{place}: {error}", status=error.status, path=place) from error
 
 
 @dataclass(slots=True)

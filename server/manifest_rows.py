@@ -20,7 +20,7 @@ def read_rows(
         first = 0
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
-            if first + size > position:
+            if first + size > position and _may_hold(file.metadata.row_group(group), equal or {}):
                 table = file.read_row_group(group, columns=sorted({*columns, *(equal or {})}))
                 table = table.append_column("row", [list(range(first, first + size))])
                 table = table.slice(max(0, position - first))
@@ -31,6 +31,17 @@ def read_rows(
                     return [_without_row(row, columns) for row in rows[:limit]], int(rows[limit]["row"])
             first += size
     return [_without_row(row, columns) for row in rows], None
+
+
+def _may_hold(group: Any, equal: dict[str, str]) -> bool:
+    """Whether some row of the group may have these texts: a broken file among millions is found without reading the whole ones."""
+    for place in range(group.num_columns):
+        column = group.column(place)
+        text = equal.get(column.path_in_schema)
+        if text is not None and column.is_stats_set and column.statistics.has_min_max:
+            if not column.statistics.min <= text <= column.statistics.max:
+                return False
+    return True
 
 
 def _without_row(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:

@@ -120,7 +120,10 @@ class Inputs:
         return needed
 
     def _ingest(self, _session: Session, job: Job) -> dict[str, Any]:
-        return {"folder": job.input["folder"], "kind": job.input["kind"]}
+        named = {name: job.input.get(name) for name in ("format", "split")}
+        if "folder" in job.input:
+            return named | {"path": job.input["folder"], "kind": job.input["kind"], "format": "folder"}
+        return named | {"path": job.input["path"], "kind": job.input["kind"]}
 
     def _import(self, _session: Session, job: Job) -> dict[str, Any]:
         return {"folder": job.input["folder"], "class_names": job.input.get("class_names")}

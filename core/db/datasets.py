@@ -18,15 +18,29 @@ from core.ids import new_id
 
 def check_folder(folder: str, roots: tuple[Path, ...]) -> Path:
     """Resolve a folder that a request names; FolderRefused unless it is a directory below a root, links followed."""
-    path = Path(folder)
+    path = _below_roots(folder, roots, what="folder", pointer="/source/folder")
+    if not path.is_dir():
+        raise FolderRefused(f"folder {folder!r} does not exist or is not a folder", pointer="/source/folder")
+    return path
+
+
+def check_source(text: str, roots: tuple[Path, ...]) -> Path:
+    """Resolve a folder, a file or a pattern of shards that a request names; FolderRefused unless it lies below a root, links followed."""
+    path = _below_roots(text, roots, what="path", pointer="/source/path")
+    # Whether all files of a pattern are there is for the job to find; it looks at links again.
+    if not path.exists() and not ("{" in path.name and path.parent.is_dir()):
+        raise FolderRefused(f"path {text!r} does not exist", pointer="/source/path")
+    return path
+
+
+def _below_roots(text: str, roots: tuple[Path, ...], *, what: str, pointer: str) -> Path:
+    path = Path(text)
     if not path.is_absolute():
-        raise FolderRefused(f"folder {folder!r} must be an absolute path", pointer="/source/folder")
+        raise FolderRefused(f"{what} {text!r} must be an absolute path", pointer=pointer)
     path = path.resolve()
     if not any(path == root or root in path.parents for root in roots):
         allowed = ", ".join(str(root) for root in roots)
-        raise FolderRefused(f"folder {folder!r} lies outside the configured roots ({allowed})", pointer="/source/folder", roots=allowed)
-    if not path.is_dir():
-        raise FolderRefused(f"folder {folder!r} does not exist or is not a folder", pointer="/source/folder")
+        raise FolderRefused(f"{what} {text!r} lies outside the configured roots ({allowed})", pointer=pointer, roots=allowed)
     return path
 
 
@@ -41,7 +55,10 @@ def create_dataset(session: Session, *, name: str, kind: str) -> Dataset:
 
 
 def add_version(session: Session, dataset: Dataset, *, source: dict[str, Any], ingest: bool = True) -> tuple[DatasetVersion, Job | None]:
-    """Insert the dataset's next version as pending, and the job that reads its source (unless another job will fill it)."""
+    """Insert the dataset's next version as pending, and the job that reads its source (unless another job will fill it).
+
+    `source` has a `folder`, or a `path` with `format` and `split`.
+    """
     number = session.scalar(
         sa.select(sa.func.coalesce(sa.func.max(DatasetVersion.number), 0)).where(DatasetVersion.dataset_id == dataset.id)
     )
@@ -57,7 +74,7 @@ def add_version(session: Session, dataset: Dataset, *, source: dict[str, Any], i
     session.flush()
     if not ingest:
         return version, None
-    wanted = NewJob(kind="ingest", input={"version_id": version.id, "kind": dataset.kind, "folder": source["folder"]})
+    wanted = NewJob(kind="ingest", input={"version_id": version.id, "kind": dataset.kind, **source})
     version.job_id = wanted.id
     [job] = enqueue(session, [wanted])
     return version, job

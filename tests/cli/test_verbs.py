@@ -104,6 +104,20 @@ def test_a_folder_is_registered_by_its_relative_path(call: Call, api: Api, monke
     assert json.loads(text)["kind"] == "ingest"
 
 
+def test_shards_and_lists_are_registered_with_their_format_and_split(call: Call, api: Api) -> None:
+    root = Path(api.services.settings.dataset_roots[0])
+    (root / "hub").mkdir(exist_ok=True)
+
+    added = ["datasets", "add", "hub", str(root / "hub"), "--kind", "labeled", "--no-wait", "--json"]
+    code, text, _ = call(*added, "--format", "parquet", "--split", "train")
+    refused, _, _ = call(*added, "--format", "zip")
+
+    assert (code, refused) == (0, 2)
+    version = json.loads(call("datasets", "report", "hub", "--json")[1])
+    assert version["id"] == json.loads(text)["resources"]["dataset_version_id"]
+    assert version["source"] == {"path": str(root / "hub"), "format": "parquet", "split": "train"}
+
+
 def test_predict_before_any_promotion_says_what_to_do(call: Call, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"anything")
 

@@ -195,7 +195,7 @@ def test_a_vanished_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "d" / "labeled" / "dog" / "00006.png").write_bytes(b"")
     with pytest.raises(BadImage, match=r"dog/00006\.png") as caught:
         collect(batches)
-    assert caught.value.status == "empty"
+    assert caught.value.status == "changed"
 
 
 def test_a_selection_of_another_pool_is_refused(tmp_path: Path) -> None:

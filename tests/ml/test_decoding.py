@@ -8,22 +8,23 @@ import numpy as np
 from PIL import Image
 
 from ml.decoding import WORTH_ROWS, Decoders, _Decoder, shared_decoders, weak_views
+from ml.locations import Location
 from ml.pixels import Preprocessing
 
 SMALL = Preprocessing(size=16, crop_ratio=1.0, small_images=True, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def write_images(folder: Path, count: int) -> list[str]:
+def write_images(folder: Path, count: int) -> list[Location]:
     paths = [folder / f"{number}.png" for number in range(count)]
     for number, path in enumerate(paths):
         Image.fromarray(np.full((20, 24, 3), 10 * number, np.uint8)).save(path)
-    return [str(path) for path in paths]
+    return [Location(str(path)) for path in paths]
 
 
 def test_a_decoding_process_gives_the_same_pixels_and_statuses_as_this_one(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    paths = [*write_images(tmp_path, 3), str(broken), str(tmp_path / "gone.png")]
+    paths = [*write_images(tmp_path, 3), Location(str(broken)), Location(str(tmp_path / "gone.png"))]
     decoders = Decoders(2)
 
     theirs = decoders.weak_views(paths, SMALL)

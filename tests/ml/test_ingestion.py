@@ -29,7 +29,7 @@ def test_class_folders_become_rows_with_classes(tmp_path: Path) -> None:
     assert report["classes"] == {"cat": 3, "dog": 4}
     assert report["statuses"] == {"ok": 7}
     assert report["warnings"] == []
-    first = Path(manifest.paths()[0])
+    first = Path(manifest.locations()[0].path)
     assert manifest.column("pixel_digest")[0] == pixel_digest(decode(first.read_bytes()))
     assert manifest.column("bytes")[0] == first.stat().st_size
     assert (manifest.column("width")[0], manifest.column("height")[0]) == (32, 32)

@@ -47,7 +47,7 @@ def test_a_written_manifest_reads_back_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 30), (3, 9), (8, 8), (7, 100), (29, 30), (30, 40)])
 def test_rows_read_alone_are_those_of_the_whole(start: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ml.manifest, "_BATCH_ROWS", 8)
+    monkeypatch.setattr(ml.manifest, "BATCH_ROWS", 8)
     manifest = build_manifest()
     manifest.write(tmp_path / "manifest.parquet")
 
@@ -87,7 +87,7 @@ def test_only_ok_rows_are_usable() -> None:
     broken = build_row("cat/x.png", status="undecodable", pixel_digest=None, perceptual_hash=None, width=None, height=None)
     manifest = Manifest.from_rows([build_row("cat/1.png"), broken], root="/r", kind="labeled")
 
-    assert manifest.usable().paths() == ["/r/cat/1.png"]
+    assert [location.path for location in manifest.usable().locations()] == ["/r/cat/1.png"]
 
 
 def test_an_unknown_class_is_a_class_mismatch() -> None:

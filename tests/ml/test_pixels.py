@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from ml.config import ImageConfig
 from ml.errors import BadImage
-from ml.pixels import MAX_FILE_BYTES, Preprocessing, decode, normalize, perceptual_hash, pixel_digest, read_image, weak_view
+from ml.locations import MAX_FILE_BYTES
+from ml.pixels import Preprocessing, decode, normalize, perceptual_hash, pixel_digest, read_image, weak_view
 from tests.ml import builders_images as builders
 
 

@@ -170,7 +170,7 @@ def test_views_kept_in_memory_are_the_views_read_anew(tmp_path: Path) -> None:
     generation = load_generation(build_generation(tmp_path / "generation"), CPU)
     views = WeakViews(manifest, generation.preprocessing, batch_size=4, cache_bytes=10**6)
     first = predict(generation.network, views, num_classes=2, runtime=RUNTIME)
-    for path in manifest.paths():
+    for path, *_ in manifest.locations():
         Path(path).unlink()
 
     second = predict(generation.network, views, num_classes=2, runtime=RUNTIME)
@@ -186,7 +186,7 @@ def test_evaluation_counts_right_answers_and_unreadable_files(tmp_path: Path) ->
     generation = load_generation(build_generation(tmp_path / "generation"), CPU)
     images = WeakViews(manifest, generation.preprocessing, batch_size=12).batch(0)[0]
     guesses = forward(generation.network, images, generation.preprocessing, RUNTIME).argmax(-1)
-    Path(manifest.paths()[0]).unlink()
+    Path(manifest.locations()[0].path).unlink()
 
     runtime = RuntimeConfig(device="cpu", precision="bf16", num_threads=1, num_loader_workers=0)
     task = EvaluationTask(generation=str(tmp_path / "generation"), manifest=str(tmp_path / "test.parquet"), runtime=runtime)

@@ -80,6 +80,56 @@ def test_a_zero_character_in_a_path_is_refused(api: Api) -> None:
     assert register(api, "/data\0/x").status_code == 422
 
 
+@pytest.mark.parametrize(
+    ("source", "pointer"),
+    [
+        ({}, "/source"),
+        ({"folder": "{root}/images", "path": "{root}/images"}, "/source"),
+        ({"folder": "{root}/images", "format": "tar"}, "/source"),
+        ({"folder": "{root}/images", "split": "train"}, "/source"),
+        ({"path": "{root}/images", "format": "zip"}, "/source/format"),
+        ({"path": "{root}/images", "split": ""}, "/source/split"),
+        ({"path": "{root}/images", "compress": True}, "/source/compress"),
+        ({"path": "relative.tar"}, "/source/path"),
+        ({"path": "/etc/passwd"}, "/source/path"),
+        ({"path": "{root}/absent.tar"}, "/source/path"),
+        ({"path": "{root}/link.tar"}, "/source/path"),
+        ({"path": "{root}/../x-{{0..3}}.tar"}, "/source/path"),
+        ({"path": "{root}/absent/x-{{0..3}}.tar"}, "/source/path"),
+        ({"path": "{root}/images.tar.gz"}, "/source/path"),
+        ({"path": "{root}/notes.pdf"}, "/source/path"),
+        ({"path": "{root}/" + "x" * 300 + ".tar"}, "/source/path"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_by_its_field(api: Api, tmp_path: Path, source: dict[str, Any], pointer: str) -> None:
+    root = tmp_path / "root"
+    (tmp_path / "outside.tar").write_bytes(b"")
+    (root / "link.tar").symlink_to(tmp_path / "outside.tar")
+    (root / "images.tar.gz").write_bytes(b"")
+    (root / "notes.pdf").write_bytes(b"")
+    given = {name: value.format(root=root) if isinstance(value, str) else value for name, value in source.items()}
+
+    answer = api.client.post("/api/v1/datasets", json={"name": "flowers", "kind": "labeled", "source": given})
+
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, pointer)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "images", "x.csv", "x-{000..009}.tar"])
+def test_a_path_of_any_source_starts_the_job_that_reads_it(api: Api, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "root" / name
+    if path.suffix and "{" not in name:
+        path.write_bytes(b"")
+
+    answer = api.client.post("/api/v1/datasets", json={"name": "flowers", "kind": "labeled", "source": {"path": str(path)}})
+
+    assert answer.status_code == 202
+    source = {"path": str(path), "format": "auto", "split": None}
+    assert api.client.get("/api/v1/datasets/flowers").json()["latest_version"]["source"] == source
+    with api.database.reading() as session:
+        found = session.get_one(Job, answer.json()["id"]).input
+    assert found == {**source, "kind": "labeled", "version_id": answer.json()["resources"]["dataset_version_id"]}
+
+
 def test_a_taken_name_is_refused(api: Api, tmp_path: Path) -> None:
     register(api, tmp_path / "root" / "images")
 

@@ -18,6 +18,7 @@ from core.db.files import name_files
 from core.db.pseudo_labels import finish_set, list_shards
 from core.db.tables import Job
 from tests.ml.builders_images import image_bytes, write_class_folders, write_flat_folder
+from tests.ml.builders_sources import write_tars
 from tests.server.builders_service import COLORS, Service, add_dataset, add_generation, running_service
 
 REPORT = {
@@ -282,3 +283,18 @@ def test_a_pool_whose_folder_is_gone_says_so(service: Service) -> None:
     shutil.rmtree(service.directory / "gone")
 
     assert service.get(f"/pseudo-label-sets/{set_id}/items/10000.png/image").status_code == 409
+
+
+def test_a_pool_image_is_shown_from_the_middle_of_its_shard(service: Service) -> None:
+    folder = write_flat_folder(service.directory / "flat", 3)
+    tars = write_tars(folder, service.directory / "tars", shards=1)
+    add_dataset(service, "tars", "unlabeled", tars)
+    set_id = create(service, unlabeled="tars").json()["id"]
+    address = f"/pseudo-label-sets/{set_id}/items/10001.png/image"
+
+    found = service.get(address)
+
+    assert (found.content, found.headers["content-type"]) == ((folder / "10001.png").read_bytes(), "image/png")
+    shard = tars / "shard-000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"ihdr"))
+    assert service.get(address).status_code == 409

@@ -10,6 +10,7 @@ from core.db.jobs import NewJob
 from core.db.session import Database
 from core.storage import LocalStorage
 from ml.manifest import Manifest
+from tests.ml.builders_sources import write_parquet, write_tars
 from tests.workers.builders import (
     add_ingest,
     add_jobs,
@@ -39,6 +40,31 @@ def test_a_folder_becomes_a_version_with_its_manifest(database: Database, tmp_pa
     assert (version.status, version.num_images, version.class_names) == ("ready", 8, ["cat", "dog"])
     assert len(Manifest.read(LocalStorage(settings.objects_directory).fetch(stored.digest))) == 8
     assert not (settings.attempts_directory / job_id).exists()
+
+
+def test_shards_become_the_same_version_as_their_folder(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    settings = make_settings(tmp_path, database)
+    folder = write_folder(tmp_path)
+    tars = write_tars(folder, tmp_path / "tars")
+    parquet = write_parquet(folder, tmp_path / "hub")
+    with database.transaction() as session:
+        jobs = [
+            add_version(session, create_dataset(session, name=path.name, kind="labeled"), source={"path": str(path), **more})[1]
+            for path, more in ((tars, {}), (parquet, {"format": "parquet", "split": "train"}))
+        ]
+    job_ids = [add_ingest(database, folder), *(job.id for job in jobs if job is not None)]
+
+    with worker_inside(settings):
+        ended = [wait_for_end(database, job_id) for job_id in job_ids]
+
+    assert [job.status for job in ended] == ["succeeded"] * 3
+    with database.reading() as session:
+        versions = [get_version(session, job.input["version_id"]) for job in ended]
+    assert [version.report for version in versions[1:]] == [versions[0].report] * 2
+    assert versions[0].report is not None
+    assert versions[0].report["statuses"] == {"ok": 8}
+    database.close()
 
 
 def test_an_empty_folder_fails_the_job_and_its_version_with_the_reason(database: Database, tmp_path: Path) -> None:

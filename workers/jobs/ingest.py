@@ -1,17 +1,22 @@
-"""Read a folder into a manifest and a report. No torch."""
+"""Read a folder, tar shards, Parquet files or a list into a manifest and a report. No torch."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ml.ingestion import scan
+from ml.ingestion import ingest
 from workers.jobs import Made, Work
 
 
 def run(work: Work) -> Made:
-    """Input: folder, kind."""
-    manifest, report = scan(Path(work.input["folder"]), kind=work.input["kind"], on_event=work.on_event, should_stop=work.should_stop)
-    path = work.directory / "manifest.parquet"
-    manifest.write(path)
-    facts = {"num_images": len(manifest), "num_usable": len(manifest.usable()), "class_names": list(manifest.class_names)}
-    return Made(files={"manifest.parquet": path}, result={"manifest": facts, "report": report})
+    """Input: path, format, split, kind."""
+    manifest = work.directory / "manifest.parquet"
+    found = ingest(
+        work.input["path"],
+        manifest,
+        kind=work.input["kind"],
+        source_format=work.input["format"] or "auto",
+        split=work.input["split"],
+        on_event=work.on_event,
+        should_stop=work.should_stop,
+    )
+    facts = {"num_images": found.num_images, "num_usable": found.num_usable, "class_names": list(found.class_names)}
+    return Made(files={manifest.name: manifest}, result={"manifest": facts, "report": found.report})
