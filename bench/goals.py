@@ -53,10 +53,18 @@ GOALS: tuple[Goal, ...] = (
     _most("supervisor-memory", "startup", "resident memory of the supervisor", 120, "MB"),
     _most("job-start-embedded", "job_start", "accepted → started, 95th percentile, embedded", 2.5, "s"),
     _most("job-start-redis", "job_start", "accepted → started, 95th percentile, with Redis", 0.5, "s"),
+    _most("promotions-failed", "promotions", "requests that fail while an alias moves every 2 s", 0, ""),
+    _most("promotions-wrong", "promotions", "answers with values of another generation than they name", 0, ""),
+    _most("promotions-lag", "promotions", "old generation after the answer to PUT, on any replica", 5, "s"),
+    _most("overload-failed", "promotions", "five-fold overload: neither answered rightly nor 503", 0, ""),
+    _most("overload-late", "promotions", "five-fold overload: accepted images that waited longer than the deadline", 0, ""),
+    _most("overload-memory", "promotions", "five-fold overload: growth of a replica's memory", 100, "MB"),
 )
 
-MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS))
-"""Every measurement, in the order in which they run."""
+BY_HAND: tuple[str, ...] = ("promotions",)
+"""Measurements that take minutes by design: they run when they are named."""
+MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS if goal.measurement not in BY_HAND))
+"""Every other measurement, in the order in which they run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from bench.measurement import Measurement, interleaved, num_cores, seconds_per_call, summary
+from bench.measurement import Measurement, interleaved, seconds_per_call, summary
 from bench.photographs import CLASSES, manifest_of, num_rows, photographs, small_photographs
 from ml import models
 from ml.config import RuntimeConfig
+from ml.cores import num_cores
 from ml.devices import apply_runtime, autocast, resolve_runtime
 from ml.manifest import Manifest
 from ml.pixels import Preprocessing, read_image, weak_view

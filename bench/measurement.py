@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ml.cores import num_cores
+
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent / "cache"
 SHORTFALLS = Path(__file__).parent / "shortfalls.md"
@@ -35,11 +37,6 @@ class Measurement:
     """Title → rows; every row has the same keys."""
     details: dict[str, Any] = field(default_factory=dict)
     """Whatever else a reader of the JSON may want: seeds, sizes, single repeats."""
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def facts() -> dict[str, Any]:

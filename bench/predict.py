@@ -25,10 +25,11 @@ import numpy as np
 import onnxruntime as ort
 
 from bench.labeling import export
-from bench.measurement import Measurement, interleaved, num_cores, summary
+from bench.measurement import Measurement, interleaved, summary
 from bench.photographs import photographs
 from bench.service import Service, embedded
 from ml.calibration import softmax
+from ml.cores import num_cores
 from ml.pixels import Preprocessing, decode, normalize, weak_view
 
 CONCURRENCY = 8

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.measurement import Measurement, interleaved, num_cores, seconds_per_call, summary
+from bench.measurement import Measurement, interleaved, seconds_per_call, summary
 from bench.photographs import manifest_of, photographs, small_photographs
 from ml import models
 from ml.config import RuntimeConfig
+from ml.cores import num_cores
 from ml.data import Batch, TrainingBatches
 from ml.determinism import ReusedGenerator
 from ml.devices import apply_runtime, autocast, resolve_runtime, shield_small_convolutions

@@ -22,6 +22,7 @@ from core.db.session import Database
 from core.errors import PortInUse, SchemaMismatch, SetupError, StorageError
 from core.settings import Settings
 from core.storage import make_storage
+from ml.cores import num_cores
 
 LEAST_MEMORY_GB = 2.0
 LEAST_DISK_GB = 5.0
@@ -113,7 +114,7 @@ def _packages(_settings: Settings) -> Look:
 
 
 def _cores(_settings: Settings) -> Look:
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     quota = _read("/sys/fs/cgroup/cpu.max").split()
     limited = f", limited to {int(quota[0]) / int(quota[1]):.1f} of them" if quota and quota[0] != "max" else ""
     yield Finding("cores", "ok", f"{cores}{limited}")

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cli.invocation import local_url
 from cli.output import Output
@@ -30,6 +31,12 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 # A child that lived this long was well; its next death is a new story.
 HEALTHY_SECONDS = 60.0
+PROBE_SECONDS = 3.0
+PROBE_PATIENCE_SECONDS = 2.0
+MISSES_OF_A_HUNG_CHILD = 8
+"""In a row: half a minute without an answer, however long this process itself was frozen meanwhile."""
+START_SECONDS = 120.0
+"""A child that has never answered is given this long."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -92,6 +99,57 @@ def dying_with_parent(number: signal.Signals) -> Callable[[], None]:
     return ask_kernel
 
 
+class Probe:
+    """Asks /livez again and again without waiting for the answer: this process has one thread, and more than one child."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._address = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._asked: socket.socket | None = None
+        self._next = 0.0
+        self._answered = False
+        self.misses = 0
+
+    def look(self, now: float, *, child_seconds: float) -> None:
+        """Ask, or see what came of it; `misses` counts the questions without a good answer since the last good one."""
+        if self._asked is None:
+            if now >= self._next:
+                self._next = now + PROBE_SECONDS
+                self._ask(child_seconds)
+            return
+        try:
+            answer = self._asked.recv(64)
+        except BlockingIOError:
+            if now < self._next - PROBE_SECONDS + PROBE_PATIENCE_SECONDS:
+                return
+            answer = b""
+        except OSError:
+            answer = b""
+        self._asked.close()
+        self._asked = None
+        self._note(child_seconds, good=b" 200 " in answer)
+
+    def _ask(self, child_seconds: float) -> None:
+        try:
+            self._asked = socket.create_connection(self._address, timeout=0.5)
+            self._asked.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            self._asked.setblocking(False)
+        except OSError:
+            self.close()
+            self._note(child_seconds, good=False)
+
+    def _note(self, child_seconds: float, *, good: bool) -> None:
+        self._answered = self._answered or good
+        missed = not good and (self._answered or child_seconds > START_SECONDS)
+        self.misses = self.misses + 1 if missed else 0
+
+    def close(self) -> None:
+        """Forget the question that is open."""
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
+
+
 @dataclass
 class Child:
     """One process that is kept alive."""
@@ -101,6 +159,9 @@ class Child:
     started: float = 0.0
     pause_seconds: float = FIRST_PAUSE_SECONDS
     due: float = 0.0
+    url: str | None = None
+    """Where it answers /livez, if it does."""
+    probe: Probe | None = None
 
     def start(self) -> None:
         """Start it; it dies with this process."""
@@ -108,6 +169,14 @@ class Child:
         command = [sys.executable, "-m", MODULES[self.name]]
         self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent(signal.SIGKILL))  # noqa: PLW1509  one thread
         self.started = time.monotonic()
+        self.probe = None if self.url is None else Probe(self.url)
+
+    def is_hung(self, now: float) -> bool:
+        """Whether it lives, and has not answered for too long."""
+        if self.probe is None:
+            return False
+        self.probe.look(now, child_seconds=now - self.started)
+        return self.probe.misses >= MISSES_OF_A_HUNG_CHILD
 
 
 class Service:
@@ -117,7 +186,7 @@ class Service:
         self.settings = settings
         self.output = output
         self.url = local_url(settings)
-        self.children = [Child(name) for name in MODULES]
+        self.children = [Child(name, url=self.url if name == "api" else None) for name in MODULES]
         self.stopping = 0
         self.ready = False
 
@@ -170,6 +239,10 @@ class Service:
                 continue
             code = child.process.poll()
             if code is None:
+                if child.is_hung(now):
+                    print(f"the {child.name} process does not answer any more; ending it", file=sys.stderr, flush=True)
+                    child.process.kill()
+                    child.process.wait()
                 continue
             if code == CANNOT_START and not self.ready:
                 return CANNOT_START

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── NotFound                   no row of that id or name
+│   └── PredictElsewhere       this API leaves /predict to predictor replicas
 ├── InvalidRequest             the request makes no sense; `pointer` names the field
 │   ├── FolderRefused          a folder is missing, or outside the configured roots
 │   └── LeakageFound           evaluation images also sit in labeled or unlabeled data; lists the keys
@@ -21,6 +22,8 @@ ServiceError
 ├── BadImageRefused            an image that cannot be decoded, or has too many pixels
 ├── NothingPromoted            /predict before any promotion
 ├── Overloaded                 the predictor's queue is full
+├── TooManyInFlight            one key has too many requests open
+├── PredictorHung              an image is in work far too long; the process is to be started anew
 ├── StorageError               files cannot be kept or read
 │   ├── StorageFull            the disk is full; nothing half-written stays
 │   └── StorageDamaged         a stored file is missing or does not match its digest
@@ -46,6 +49,10 @@ class ServiceError(Exception):
 
 class NotFound(ServiceError):
     """No row of that id or name."""
+
+
+class PredictElsewhere(NotFound):
+    """This API leaves `/predict` to predictor replicas."""
 
 
 class InvalidRequest(ServiceError):
@@ -122,6 +129,14 @@ class NothingPromoted(ServiceError):
 
 class Overloaded(ServiceError):
     """The predictor's queue is full; `details["retry_after_seconds"]` says when to come back."""
+
+
+class TooManyInFlight(ServiceError):
+    """One key has too many requests to `/predict` open at a time."""
+
+
+class PredictorHung(ServiceError):
+    """An image is in work for far too long; the process is to be started anew."""
 
 
 class StorageError(ServiceError):

@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     a fresh one takes over. Must cover the longest pause before Celery connects to Redis again, 30 seconds."""
     orphan_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
     """Age at which a stored file that no row names is removed."""
+    predict: bool = True
+    """Off: this API leaves /predict to predictor replicas (`python -m server --predictor`) and says so."""
+    predict_url: str | None = None
+    """Where predictor replicas are reached; an API that leaves /predict to them names it."""
     predict_max_bytes: Annotated[int, Field(gt=0)] = 20_000_000
     """Largest body of one /predict request."""
     body_max_bytes: Annotated[int, Field(gt=0)] = 1_000_000
@@ -99,6 +103,10 @@ class Settings(BaseSettings):
     """Threads that decode and predict; 0: one more than there are cores, because now and then each waits for the interpreter."""
     predict_deadline_seconds: Annotated[float, Field(gt=0)] = 10.0
     """A request that waited longer is answered 503 instead of late."""
+    predict_in_flight: Annotated[int, Field(ge=0)] = 0
+    """Requests to /predict that one key may have open at a time, in each process; one more is answered 429. 0: as many as it likes."""
+    predict_hung_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """An image in work for this long tells that the process hangs: /livez says so, and it ends itself to be started anew."""
 
     @classmethod
     def settings_customise_sources(

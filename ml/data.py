@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
-from ml.devices import num_cores
+from ml.cores import num_cores
 from ml.errors import BadImage, DataError, LoaderLost
 from ml.manifest import Manifest
 from ml.selection import SelectedLabels

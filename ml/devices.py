@@ -7,7 +7,6 @@ the run, and applied unchanged by every later attempt.
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ml.config import RuntimeConfig
+from ml.cores import num_cores
 from ml.errors import OutOfMemory, RecipeError
 
 # Where Linux lists them: x86 with AVX-512 BF16 or AMX, and Arm's BF16 extension.
@@ -29,11 +29,6 @@ _MOST_WORKERS = 12
 # malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT_BYTES = 2**30
-
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_runtime(runtime: RuntimeConfig) -> RuntimeConfig:

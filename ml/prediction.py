@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ml import calibration, decoding, evaluation, pseudo_labels
 from ml.config import RuntimeConfig
-from ml.devices import apply_runtime, autocast, num_cores, translate_oom
+from ml.cores import num_cores
+from ml.devices import apply_runtime, autocast, translate_oom
 from ml.errors import Interrupted, WeightsError
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.manifest import Manifest

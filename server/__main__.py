@@ -1,8 +1,13 @@
-"""`python -m server`: the API alone, on the address of the settings. `noisy-student up` starts this as one of its children."""
+"""`python -m server`: the API alone, on the address of the settings. `noisy-student up` starts this as one of its children.
+
+`python -m server --predictor`: a predictor replica, which answers /predict and nothing else; any number of them run beside the API.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import os
 import socket
 import sys
 from types import FrameType
@@ -13,13 +18,15 @@ from fastapi import FastAPI
 from core.errors import PortInUse, SetupError
 from core.logs import configure_logs, get_log
 from core.settings import Settings
-from server.app import create_app
+from server.app import create_app, create_predictor
 from server.progress import ProgressHub
 from server.protocol import GuardedProtocol
 
 MAX_CONNECTIONS = 2000
 GRACE_SECONDS = 10
 BACKLOG = 256
+HUNG = 70
+"""Exit code of a process whose predictor hangs: EX_SOFTWARE of sysexits.h."""
 
 
 class ApiServer(uvicorn.Server):
@@ -76,15 +83,22 @@ def make_server(app: FastAPI) -> ApiServer:
 
 def main() -> int:
     """Serve until SIGTERM or Ctrl-C; 2 when the process cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server", description="The API, or a predictor replica, on the address of the settings."
+    )
+    parser.add_argument("--predictor", action="store_true", help="answer /predict and nothing else")
+    options = parser.parse_args()
     settings = Settings()
     configure_logs(json_lines=not sys.stderr.isatty())
     try:
         listener = open_socket(settings.host, settings.port)
-        app = create_app(settings)
+        app = create_predictor(settings) if options.predictor else create_app(settings)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    get_log().info("server.started", host=settings.host, port=settings.port)
+    # A thread in a stuck native call cannot be stopped: only a new process helps, and whoever supervises this one starts it.
+    app.state.services.serving.watchdog.on_hung = lambda: os._exit(HUNG)
+    get_log().info("server.started", host=settings.host, port=settings.port, predictor=options.predictor)
     make_server(app).run(sockets=[listener])
     get_log().info("server.stopped")
     return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
+import math
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -22,6 +25,13 @@ from server.errors import log_problem, to_problem
 CACHE_SECONDS = 5.0
 """A revoked key may go on working for this long on another replica; on the one that revoked it, it stops at once."""
 CACHE_KEYS = 1024
+OUTAGE_SECONDS = 600.0
+"""While the database is away, a key that was good this recently goes on opening /predict, which answers from memory: nobody can
+revoke a key in a database that is away. Every other route reads rows and has nothing to answer with."""
+SILENCE_SECONDS = 2.0
+"""A database that says nothing for this long counts as away."""
+ASK_AGAIN_SECONDS = 15.0
+"""A question that is older hangs on a connection that will never answer; the next one takes another."""
 READING = ("GET", "HEAD", "OPTIONS")
 
 OPEN_PATHS = ("/", "/livez", "/readyz", "/metrics", "/openapi.json")
@@ -81,21 +91,59 @@ class KeyRing:
         self._database = database
         self._known: dict[bytes, tuple[float, Principal]] = {}
         self._lock = threading.Lock()
+        self._asking: dict[bytes, tuple[float, asyncio.Task[Principal | None]]] = {}
+        self._silent: set[asyncio.Task[Principal | None]] = set()
 
-    async def find(self, secret: str) -> Principal | None:
-        """The principal of a secret; None for one that opens nothing."""
+    async def find(self, secret: str, *, from_memory: bool = False) -> Principal | None:
+        """The principal of a secret; None for one that opens nothing. `from_memory`: a database that is away is no obstacle."""
         # The digest is what is looked up: how long that takes tells nothing about the secret.
         digest = hashlib.sha256(secret.encode()).digest()
         known = self._known.get(digest)
-        if known is not None and known[0] > time.monotonic():
+        age = math.inf if known is None else time.monotonic() - known[0]
+        if known is not None and age < CACHE_SECONDS:
             return known[1]
-        principal = await run_in_threadpool(self._read, secret)
-        if principal is not None:
-            with self._lock:
-                if len(self._known) >= CACHE_KEYS:
-                    self._known.clear()
-                self._known[digest] = (time.monotonic() + CACHE_SECONDS, principal)
-        return principal
+        asking = self._ask(digest, secret)
+        if known is None or not from_memory or age > OUTAGE_SECONDS:
+            return await asyncio.shield(asking)
+        if asking not in self._silent:
+            await asyncio.wait({asking}, timeout=SILENCE_SECONDS)
+        if not asking.done():
+            # One question without an answer makes requests wait once, not each of them.
+            self._silent.add(asking)
+            return known[1]
+        error = asking.exception()
+        if error is not None and not isinstance(error, SQLAlchemyError):
+            raise error
+        return known[1] if error is not None else asking.result()
+
+    def _ask(self, digest: bytes, secret: str) -> asyncio.Task[Principal | None]:
+        """The question to the database; however many requests bring one secret at a time, it is asked once."""
+        since, asking = self._asking.get(digest, (-math.inf, None))
+        if asking is None or time.monotonic() - since > ASK_AGAIN_SECONDS:
+            asking = asyncio.create_task(run_in_threadpool(self._read, secret))
+            asking.add_done_callback(lambda done: self._remember(digest, done))
+            self._asking[digest] = (time.monotonic(), asking)
+        return asking
+
+    def _remember(self, digest: bytes, asked: asyncio.Task[Principal | None]) -> None:
+        self._silent.discard(asked)
+        _, latest = self._asking.get(digest, (0.0, None))
+        current = latest is asked
+        if current:
+            del self._asking[digest]
+        # At the end of the process the question is withdrawn.
+        with suppress(asyncio.CancelledError):
+            if current and asked.exception() is None:
+                self._keep(digest, asked.result())
+
+    def _keep(self, digest: bytes, principal: Principal | None) -> None:
+        with self._lock:
+            if principal is None:
+                self._known.pop(digest, None)
+                return
+            if len(self._known) >= CACHE_KEYS:
+                self._known.clear()
+            self._known[digest] = (time.monotonic(), principal)
 
     def _read(self, secret: str) -> Principal | None:
         with self._database.reading() as session:
@@ -103,9 +151,10 @@ class KeyRing:
             return None if key is None else Principal(key.id, key.name, frozenset(key.scopes))
 
     def forget(self) -> None:
-        """A key was revoked here."""
+        """A key was revoked here; an answer that is on its way may be older than that."""
         with self._lock:
             self._known.clear()
+            self._asking.clear()
 
 
 class Authentication:
@@ -138,7 +187,7 @@ class Authentication:
         if not self.required:
             _refuse_other_sites(scope)
             return ANYBODY
-        principal = await self.keys.find(_bearer(scope))
+        principal = await self.keys.find(_bearer(scope), from_memory=needed == "predict")
         if principal is None:
             raise Unauthenticated("this API key is not known, or was revoked")
         if not principal.may(needed):

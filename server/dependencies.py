@@ -25,14 +25,15 @@ API = "/api/v1"
 class Services:
     """Everything that one app opened; lives as long as the app."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, predictor_only: bool = False) -> None:
         self.settings = settings
         self.database = Database(settings.resolved_database_url)
         self.storage: Storage = make_storage(settings)
         self.keys = KeyRing(self.database)
-        self.metrics = Metrics()
+        self.metrics = Metrics(of_rows=not predictor_only)
         self.progress = ProgressHub(self.database)
-        self.serving = Serving(settings, self.database, self.storage, self.metrics)
+        answers = settings.predict or predictor_only
+        self.serving = Serving(settings, self.database, self.storage, self.metrics, answers=answers)
         self._cursors: Cursors | None = None
         self._lock = threading.Lock()
 

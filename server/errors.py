@@ -10,6 +10,7 @@ import sqlalchemy.exc
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
@@ -23,6 +24,7 @@ MEDIA_TYPE = "application/problem+json"
 PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     errors.ServiceError: (500, "internal_error"),
     errors.NotFound: (404, "not_found"),
+    errors.PredictElsewhere: (404, "predict_elsewhere"),
     errors.InvalidRequest: (422, "invalid_request"),
     errors.FolderRefused: (422, "folder_refused"),
     errors.LeakageFound: (422, "leakage"),
@@ -42,6 +44,8 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     errors.BadImageRefused: (422, "bad_image"),
     errors.NothingPromoted: (503, "nothing_promoted"),
     errors.Overloaded: (503, "overloaded"),
+    errors.TooManyInFlight: (429, "too_many_in_flight"),
+    errors.PredictorHung: (503, "predictor_hung"),
     errors.StorageError: (503, "storage_unavailable"),
     errors.StorageFull: (507, "storage_full"),
     errors.StorageDamaged: (500, "storage_damaged"),
@@ -126,6 +130,9 @@ def to_problem(error: Exception) -> Problem:
         return Problem(error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
         return _database_problem(error)
+    if isinstance(error, ClientDisconnect):
+        # Nobody hears this; it is counted, and no defect of ours.
+        return Problem(400, "client_disconnected", "the connection ended before the request did")
     return Problem(500, "internal_error", "something went wrong here, not in your request; the log has it under the request_id")
 
 
@@ -140,7 +147,7 @@ def _domain_problem(error: errors.ServiceError | MlError) -> Problem:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="noisy-student"'
-    if status in (503, 507) or "retry_after_seconds" in details:
+    if status in (429, 503, 507) or "retry_after_seconds" in details:
         headers["Retry-After"] = str(max(1, round(details.get("retry_after_seconds", 5))))
     found = [] if pointer is None else [{"pointer": pointer, "message": message}]
     if parameter is not None:
@@ -180,7 +187,7 @@ def _database_problem(error: sqlalchemy.exc.SQLAlchemyError) -> Problem:
 
 def log_problem(problem: Problem, error: Exception, scope: Scope) -> None:
     """Log a failure of ours once, here at the edge; a refusal is the client's news."""
-    if problem.status >= 500 and problem.code not in ("nothing_promoted", "overloaded"):
+    if problem.status >= 500 and problem.code not in ("nothing_promoted", "overloaded", "predictor_hung"):
         get_log().error(
             "request.failed",
             code=problem.code,

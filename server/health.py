@@ -11,12 +11,15 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from core.db.schema import current_revision, newest_revision
-from core.errors import StorageError
+from core.errors import PredictorHung, StorageError
 from core.version import VERSION
 from server.dependencies import Services, ServicesDep
 from server.metrics import MEDIA_TYPE
+from server.openapi import problems
 
 router = APIRouter(tags=["health"])
+predictor_router = APIRouter(tags=["health"])
+"""The same addresses in a predictor replica, which answers from memory also while the database is away."""
 
 
 class Liveness(BaseModel):
@@ -33,9 +36,13 @@ class Readiness(BaseModel):
     checks: dict[str, str]
 
 
-@router.get("/livez", summary="Is the process alive?", response_model=Liveness)
-async def get_liveness() -> Liveness:
-    """Answers as long as the process can; asks nobody."""
+@router.get("/livez", summary="Is the process alive?", responses=problems(503))
+@predictor_router.get("/livez", summary="Is the process alive?", responses=problems(503))
+async def get_liveness(services: ServicesDep) -> Liveness:
+    """Answers as long as the process can, and asks nobody; 503 when an image is in work for so long that only a new start helps."""
+    hung = services.serving.watchdog.hung
+    if hung is not None:
+        raise PredictorHung(hung)
     return Liveness()
 
 
@@ -51,6 +58,25 @@ def get_readiness(services: ServicesDep) -> Response:
     ready = all(answer == "ok" for answer in checks.values())
     body = Readiness(status="ready" if ready else "not ready", checks=checks)
     return JSONResponse(body.model_dump(mode="json"), 200 if ready else 503)
+
+
+@predictor_router.get(
+    "/readyz",
+    summary="Can requests be served?",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "Not ready; `checks` says why."}},
+)
+async def get_predictor_readiness(services: ServicesDep) -> Response:
+    """From what this replica saw at its last look at the rows: the schema fits, and aliases are followed, loaded and warm.
+
+    Ready means that what it is asked now, it answers rightly. A generation that cannot be loaded while the one before goes on
+    answering, or a database that has been away for a few minutes, stands in `checks` and does not take the replica out.
+    """
+    ready, checks = services.serving.following.check()
+    hung = services.serving.watchdog.hung
+    checks["predictor"] = hung or "ok"
+    ready = ready and hung is None
+    return JSONResponse(Readiness(status="ready" if ready else "not ready", checks=checks).model_dump(mode="json"), 200 if ready else 503)
 
 
 @cache
@@ -85,4 +111,15 @@ def get_metrics(services: ServicesDep) -> Response:
     with services.database.reading() as session:
         services.metrics.read_rows(session)
     services.metrics.streams.set(services.progress.num_watches)
+    return Response(services.metrics.render(), media_type=MEDIA_TYPE)
+
+
+@predictor_router.get(
+    "/metrics",
+    summary="Numbers for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def get_predictor_metrics(services: ServicesDep) -> Response:
+    """Requests, images and aliases of this replica; no rows are read."""
     return Response(services.metrics.render(), media_type=MEDIA_TYPE)

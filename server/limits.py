@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.errors import InvalidRequest, PayloadTooLarge
+from core.errors import InvalidRequest, PayloadTooLarge, TooManyInFlight
 from core.settings import Settings
 from server.errors import to_problem
 
@@ -36,6 +37,36 @@ class BodyLimits:
             await problem.to_response(scope)(scope, receive, send)
             return
         await self.app(scope, _counted(receive, limit, self.chunk_seconds), send)
+
+
+class InFlight:
+    """ASGI middleware: 429 before a byte is read when a key has `most` requests to /predict open already; 0 counts nothing."""
+
+    def __init__(self, app: ASGIApp, *, most: int) -> None:
+        self.app = app
+        self.most = most
+        self._open: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.most == 0 or scope["type"] != "http" or not scope["path"].startswith("/predict"):
+            await self.app(scope, receive, send)
+            return
+        key = scope["state"]["principal"].key_id
+        if self._open[key] >= self.most:
+            refusal = TooManyInFlight(
+                f"this key has {self.most} requests to /predict open, which is as many as it may", retry_after_seconds=1
+            )
+            problem = to_problem(refusal)
+            problem.headers["Connection"] = "close"
+            await problem.to_response(scope)(scope, receive, send)
+            return
+        self._open[key] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
 
 
 def _check_declared(scope: Scope, limit: int) -> None:

@@ -18,8 +18,10 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 class Metrics:
     """A registry of its own, so that two apps in one process do not mix."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_rows: bool = True) -> None:
+        """A predictor replica reads no rows for numbers: `of_rows` off leaves those out that would stay at zero."""
         self.registry = CollectorRegistry()
+        rows = self.registry if of_rows else CollectorRegistry()
         self.requests = Counter("noisy_student_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry)
         self.seconds = Histogram(
             "noisy_student_request_seconds", "Time to the end of an answer.", ("route",), buckets=SECONDS, registry=self.registry
@@ -32,12 +34,24 @@ class Metrics:
             registry=self.registry,
         )
         self.predict_images = Gauge("noisy_student_predict_images", "Images that wait or are being answered.", registry=self.registry)
-        self.streams = Gauge("noisy_student_event_streams", "Open event streams.", registry=self.registry)
-        self.jobs = Gauge("noisy_student_jobs", "Jobs by status.", ("status",), registry=self.registry)
-        self.runs = Gauge("noisy_student_runs", "Runs by status.", ("status",), registry=self.registry)
-        self.outbox = Gauge("noisy_student_outbox", "Hints that wait to be published.", registry=self.registry)
-        self.workers = Gauge("noisy_student_workers", "Workers that did not say good-bye.", registry=self.registry)
-        self.oldest = Gauge("noisy_student_oldest_queued_seconds", "Age of the oldest queued job.", registry=self.registry)
+        self.aliases_behind = Gauge(
+            "noisy_student_aliases_behind", "Aliases whose row names a generation that is not served here yet.", registry=self.registry
+        )
+        self.alias_failures = Counter(
+            "noisy_student_alias_failures",
+            "Generations that could not be loaded for an alias, tries counted.",
+            ("alias",),
+            registry=self.registry,
+        )
+        self.alias_look_seconds = Gauge(
+            "noisy_student_alias_look_seconds", "Age of what this process knows about the alias rows.", registry=self.registry
+        )
+        self.streams = Gauge("noisy_student_event_streams", "Open event streams.", registry=rows)
+        self.jobs = Gauge("noisy_student_jobs", "Jobs by status.", ("status",), registry=rows)
+        self.runs = Gauge("noisy_student_runs", "Runs by status.", ("status",), registry=rows)
+        self.outbox = Gauge("noisy_student_outbox", "Hints that wait to be published.", registry=rows)
+        self.workers = Gauge("noisy_student_workers", "Workers that did not say good-bye.", registry=rows)
+        self.oldest = Gauge("noisy_student_oldest_queued_seconds", "Age of the oldest queued job.", registry=rows)
         info = Gauge("noisy_student_info", "The version that runs.", ("version",), registry=self.registry)
         info.labels(VERSION).set(1)
 

@@ -19,6 +19,12 @@ Press **Authorize** and paste your API key (`nss_…`). Work is answered with 20
 `application/problem+json` with a stable `code`. Lists come in pages: send `next_cursor` as `cursor`. Send an `Idempotency-Key` with
 whatever starts work, and a repeated request has one effect."""
 
+PREDICTOR_DESCRIPTION = """Ask promoted generations about images. This is a predictor replica: it answers `/predict` and nothing
+else; what it answers by is decided at the API, and every answer names its generation.
+
+Press **Authorize** and paste an API key (`nss_…`) with the scope `predict`. Every error is `application/problem+json` with a stable
+`code`."""
+
 TAGS: list[dict[str, Any]] = [
     {"name": "datasets", "description": "Folders of images, read into immutable versions."},
     {"name": "recipes", "description": "Presets: every knob of a run with its value."},

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, File, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Query, Request, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from core.errors import InvalidRequest, PayloadTooLarge, ServiceError
+from core.errors import InvalidRequest, PayloadTooLarge, PredictElsewhere, ServiceError
 from server.dependencies import Services, ServicesDep, make_router
 from server.errors import to_problem
 from server.openapi import problems
@@ -21,7 +21,10 @@ from server.predictor import Answer, ServedGeneration
 
 router = make_router("predict", prefix="")
 
-_REFUSALS = problems(404, 409, 413, 415)
+elsewhere = APIRouter()
+"""What stands in their place in an API that leaves /predict to replicas."""
+
+_REFUSALS = problems(404, 409, 413, 415, 429)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,14 @@ async def predict_json(services: ServicesDep, question: QuestionDep, body: Base6
     """Several images in one JSON body. What is no base64, or no image, is an error at its own place."""
     served = await _resolve(services, question)
     return await _answer_all(services, question, served, [_decode_base64(text) for text in body.images])
+
+
+@elsewhere.api_route("/predict{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+def point_elsewhere(services: ServicesDep) -> None:
+    """Where to ask instead."""
+    url = services.settings.predict_url
+    where = f"ask {url}" if url else "ask where `python -m server --predictor` listens"
+    raise PredictElsewhere(f"this API leaves /predict to predictor replicas: {where}", **({"url": url} if url else {}))
 
 
 async def _resolve(services: Services, question: Question) -> ServedGeneration:

@@ -9,6 +9,7 @@ answers what it was given and is freed with its last answer.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -166,6 +167,8 @@ class Predictor:
         self._kept: OrderedDict[str, ServedGeneration] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._num_inside = 0
+        self._numbers = itertools.count()
+        self._busy: set[int] = set()
         self._recent_seconds = 0.05
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="predictor")
 
@@ -278,7 +281,14 @@ class Predictor:
         if waited > self._deadline_seconds:
             # Whoever asked has gone, or will soon: a late answer would only make the next one later.
             raise self._overloaded(f"the image waited {waited:.1f} s for the predictor, longer than {self._deadline_seconds:g} s")
-        answer = generation.answer(data, queue_seconds=waited)
+        number = next(self._numbers)
+        with self._lock:
+            self._busy.add(number)
+        try:
+            answer = generation.answer(data, queue_seconds=waited)
+        finally:
+            with self._lock:
+                self._busy.discard(number)
         self._recent_seconds += 0.1 * (answer.decode_seconds + answer.model_seconds - self._recent_seconds)
         self._on_answer(answer)
         return answer
@@ -287,6 +297,11 @@ class Predictor:
     def num_inside(self) -> int:
         """Images that wait or are being answered."""
         return self._num_inside
+
+    def busy_with(self) -> list[int]:
+        """A number of its own for each image that is being answered now."""
+        with self._lock:
+            return list(self._busy)
 
     def close(self) -> None:
         """Answer what runs, drop what waits."""

@@ -229,8 +229,8 @@ def _move(
     forced: bool = False,
 ) -> AliasView:
     """Load and warm, then move the row, then switch: what cannot answer is never pointed at."""
-    predictor = services.serving.predictor
-    served = predictor.load(generation_id)
+    serving = services.serving
+    served = serving.predictor.load(generation_id)
     if gate is not None:
         gate["latency_seconds"] = served.latency_seconds
     with services.database.transaction() as session:
@@ -238,7 +238,7 @@ def _move(
             session, name, generation_id, expected_version=expected, action=action, actor=actor, gate=gate, forced=forced, reason=reason
         )
         view = _show(get_alias(session, name))
-    predictor.switch(name, served, version=view.version)
+    serving.switch(name, served, version=view.version)
     response.headers["ETag"] = _etag(view.version)
     return view
 

@@ -1,43 +1,36 @@
-"""What this replica serves: the predictor's generations come from rows and stored files, its aliases follow the alias rows.
-
-Another replica may move an alias. A thread looks at the alias rows each second and makes the same switch here.
-"""
+"""What this process serves: the predictor's generations come from rows and stored files, its aliases follow the alias rows."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-
-import sqlalchemy as sa
-import sqlalchemy.exc
 
 from core.db.files import list_files
 from core.db.generations import get_generation
 from core.db.promotions import get_alias
 from core.db.session import Database
-from core.db.tables import Alias, Generation
-from core.errors import NotFound, ServiceError
-from core.logs import get_log
+from core.errors import NotFound, StorageError
 from core.settings import Settings
 from core.storage import Storage
+from ml.cores import num_cores
+from server.following import Following
 from server.metrics import Metrics
 from server.predictor import FILES, Predictor, ServedGeneration
-
-WATCH_SECONDS = 1.0
+from server.watchdog import Watchdog
 
 
 class Serving:
-    """The predictor, and the thread that keeps it with the alias rows."""
+    """The predictor, what keeps it with the alias rows, and what notices when it hangs."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, database: Database, storage: Storage, metrics: Metrics, *, answers: bool) -> None:
+        """Where `answers` is off, generations are only loaded and warmed before a promotion, and no alias is followed."""
         self._database = database
         self._storage = storage
+        self.answers = answers
         self.predictor = Predictor(
             self._predictor_files,
             # One more than cores: now and then each waits for the interpreter.
-            num_threads=settings.predict_threads or _cores() + 1,
+            num_threads=settings.predict_threads or num_cores() + 1,
             queue_images=settings.predict_queue,
             deadline_seconds=settings.predict_deadline_seconds,
             on_answer=lambda answer: metrics.observe_image(
@@ -45,19 +38,19 @@ class Serving:
             ),
         )
         metrics.predict_images.set_function(lambda: self.predictor.num_inside)
-        self._stop = threading.Event()
-        self._watch = threading.Thread(target=self._keep_watching, name="alias-watch", daemon=True)
-        self._problems: dict[str, str] = {}
+        self.following = Following(database, self.predictor, metrics)
+        self.watchdog = Watchdog(self.predictor, self.following, hung_seconds=settings.predict_hung_seconds)
 
     def start(self) -> None:
-        """Begin to watch; what aliases point at is loaded in the background, so that readiness does not wait for it."""
-        self._watch.start()
+        """Begin to watch; what aliases point at is loaded in the background, so that the start does not wait for it."""
+        if self.answers:
+            self.following.start()
+            self.watchdog.start()
 
     def close(self) -> None:
         """Stop watching and answering."""
-        self._stop.set()
-        if self._watch.is_alive():
-            self._watch.join(timeout=10)
+        self.watchdog.close()
+        self.following.close()
         self.predictor.close()
 
     def generation_files(self, generation_id: str) -> dict[str, Path]:
@@ -76,18 +69,27 @@ class Serving:
 
     def in_memory(self, *, alias: str, generation_id: str | None) -> ServedGeneration | None:
         """The generation that a request means when this can be said without reading anything; else `resolve` must be asked."""
-        return self.predictor.find(generation_id) if generation_id is not None else self.predictor.find_alias(alias)
+        if generation_id is not None:
+            return self.predictor.find(generation_id)
+        return self.predictor.find_alias(alias) if self.following.is_fresh() else None
 
     def resolve(self, *, alias: str, generation_id: str | None) -> ServedGeneration:
         """The generation that a request means: the pinned one, else the alias's. Loads it when it is not in memory."""
         if generation_id is not None:
             return self.predictor.load(generation_id)
+        if not self.following.is_fresh():
+            # This process was frozen, or has just started: others may have moved the alias meanwhile.
+            self.following.catch_up(alias)
         if self.predictor.find_alias(alias) is None:
             self._follow_if_there(alias)
         return self.predictor.serving(alias)
 
     def _follow_if_there(self, alias: str) -> None:
         """Right after a start the watching thread may still be loading what rows already point at."""
+        why = self.following.failure(alias)
+        if why is not None:
+            # It was tried a moment ago; each try reads the whole generation.
+            raise StorageError(f"what the alias {alias!r} points at cannot be loaded: {why}", alias=alias)
         try:
             with self._database.reading() as session:
                 row = get_alias(session, alias)
@@ -95,45 +97,9 @@ class Serving:
             return
         self.predictor.switch(alias, self.predictor.load(row.generation_id), version=row.version)
 
-    def follow_aliases(self) -> None:
-        """Switch every alias whose row was moved since, and forget generations that were deleted."""
-        kept = self.predictor.kept()
-        with self._database.reading() as session:
-            rows = session.execute(sa.select(Alias.name, Alias.generation_id, Alias.version)).all()
-            there = set(session.scalars(sa.select(Generation.id).where(Generation.id.in_(kept)))) if kept else set()
-        for generation_id in set(kept) - there:
-            self.predictor.forget(generation_id)
-        seen = self.predictor.versions()
-        for name, generation_id, version in rows:
-            if seen.get(name, 0) < version:
-                self._follow(name, generation_id, version)
-
-    def _follow(self, name: str, generation_id: str, version: int) -> None:
-        try:
-            self.predictor.switch(name, self.predictor.load(generation_id), version=version)
-        except (ServiceError, OSError) as error:
-            # The old generation goes on answering, and the other aliases are followed all the same.
-            self._say_once(name, str(error))
-            return
-        self._problems.pop(name, None)
-        get_log().info("alias.switched", alias=name, generation_id=generation_id, version=version)
-
-    def _say_once(self, name: str, problem: str) -> None:
-        """The next look comes in a second; a lasting problem is not news then."""
-        if self._problems.get(name) != problem:
-            self._problems[name] = problem
-            get_log().error("alias.not_followed", alias=name, error=problem)
-
-    def _keep_watching(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.follow_aliases()
-                self._problems.pop("*", None)
-            except sa.exc.SQLAlchemyError as error:
-                self._say_once("*", f"the database does not answer: {type(error).__name__}")
-            self._stop.wait(WATCH_SECONDS)
-
-
-def _cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def switch(self, alias: str, generation: ServedGeneration, *, version: int) -> None:
+        """The alias was moved by this process: from now on it means this generation here. Where nothing is answered, it is let go."""
+        if self.answers:
+            self.predictor.switch(alias, generation, version=version)
+        else:
+            self.predictor.forget(generation.id)

@@ -16,6 +16,8 @@ MAY_BE_ASYNC = {
     "server.predict.predict_json",
     # Alive, and able to show its documentation, also while every thread is busy.
     "server.health.get_liveness",
+    # Ready, and able to say so, also while the threads wait for a database that says nothing.
+    "server.health.get_predictor_readiness",
     "server.docs.go_to_docs",
     "server.docs.get_docs",
     "server.docs.get_docs_asset",

@@ -11,7 +11,19 @@ import pytest
 from tests.architecture.sources import REPOSITORY, room_sources
 
 TENSORS = ("torch", "timm", "torchvision")
-FACE = ("config", "errors", "events", "manifest", "recipes", "recipes.architectures", "schedules", "self_training", "tasks", "validation")
+FACE = (
+    "config",
+    "cores",
+    "errors",
+    "events",
+    "manifest",
+    "recipes",
+    "recipes.architectures",
+    "schedules",
+    "self_training",
+    "tasks",
+    "validation",
+)
 
 # Each outside door and the only modules that may open it.
 DOORS = {

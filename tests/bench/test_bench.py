@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench import goals, load, measurement
-from bench.goals import GOALS, MEASUREMENTS, explained_goals, judge
+from bench import goals, load, measurement, promotions
+from bench.goals import BY_HAND, GOALS, MEASUREMENTS, explained_goals, judge
 from bench.measurement import SHORTFALLS, Measurement, interleaved
 
 EXPLAINED = """# Goals that are missed
@@ -67,7 +67,9 @@ def test_every_explained_shortfall_is_a_goal() -> None:
 
 
 def test_every_measurement_is_a_module_that_measures() -> None:
-    assert all(callable(importlib.import_module(f"bench.{name}").measure) for name in MEASUREMENTS if name != "job_start")
+    names = {*MEASUREMENTS, *BY_HAND} - {"job_start"}
+
+    assert all(callable(importlib.import_module(f"bench.{name}").measure) for name in names)
     assert len({goal.id for goal in GOALS}) == len(GOALS)
 
 
@@ -100,6 +102,23 @@ def test_disturbed_turns_are_made_again_and_left_out(monkeypatch: pytest.MonkeyP
     turns = interleaved({"rate": lambda: float(next(values))}, repeats=3, most=6)
 
     assert turns == {"rate": [1.0, 2.0, 4.0], "others": [0.0, 0.0, 0.0]}
+
+
+def test_what_takes_minutes_runs_when_it_is_named_only() -> None:
+    assert not set(BY_HAND) & set(MEASUREMENTS)
+    assert {*BY_HAND, *MEASUREMENTS} == {goal.measurement for goal in GOALS}
+
+
+def test_an_answer_is_its_generations_own_by_every_value() -> None:
+    expected = {"china": 0.25, "flower": 0.75}
+
+    def answer(china: float, flower: float) -> dict[str, Any]:
+        return {"top": [{"label": "flower", "probability": flower}, {"label": "china", "probability": china}]}
+
+    assert promotions.is_own(answer(0.25, 0.75), expected)
+    assert not promotions.is_own(answer(0.75, 0.25), expected)
+    assert not promotions.is_own({"top": answer(0.25, 0.75)["top"][:1]}, expected)
+    assert not promotions.is_own(answer(0.25, 0.75), None)
 
 
 def test_requests_of_the_load_generator_are_whole() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.builders_services import wait_until
@@ -21,14 +22,15 @@ from tests.cli.test_setup import free_port
 class Up:
     """A running `up` in a folder of the test's own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *program: str) -> None:
+        """By `python -m cli.main`, or by another program for the interpreter."""
         self.directory = directory
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOISY_STUDENT_")}
         environment = inherited | {"PYTHONPATH": str(Path(__file__).parents[2])}
         self.log = directory / "up.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", "up", "--port", free_port()],
+                [sys.executable, *(program or ("-m", "cli.main")), "up", "--port", free_port()],
                 cwd=directory,
                 env=environment,
                 stdout=log,
@@ -124,3 +126,37 @@ def test_killed_children_are_started_again(up: Up) -> None:
 
     up.wait(lambda: up.children().keys() == before.keys() and not set(up.children().values()) & set(before.values()), "new children")
     assert "ended with -9; starting it again" in up.log.read_text(encoding="utf-8")
+
+
+IMPATIENT = """
+from cli import processes
+processes.PROBE_SECONDS, processes.PROBE_PATIENCE_SECONDS, processes.MISSES_OF_A_HUNG_CHILD = 1.6, 1.5, 3
+from cli.main import main
+main()
+"""
+
+
+def test_an_api_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    up = Up(tmp_path, "-c", IMPATIENT)
+    try:
+        api, worker = up.children()["server"], up.children()["workers"]
+        up.wait(lambda: "alive" in ask_liveness(up), "an answer")
+
+        os.kill(api, signal.SIGSTOP)
+        up.wait(lambda: up.children().get("server") not in (api, None), "another API")
+
+        up.wait(lambda: "alive" in ask_liveness(up), "its answer")
+        assert not lives(api)
+        assert up.children()["workers"] == worker
+        assert "the api process does not answer any more; ending it" in up.log.read_text(encoding="utf-8")
+    finally:
+        up.process.terminate()
+        assert up.process.wait(60) == 0
+
+
+def ask_liveness(up: Up) -> str:
+    url = json.loads((up.directory / "noisy-student-data/service.json").read_text(encoding="utf-8"))["url"]
+    try:
+        return httpx.get(f"{url}/livez", trust_env=False, timeout=5).text
+    except httpx.TransportError:
+        return ""

@@ -11,7 +11,8 @@ import torch
 
 import ml.devices
 from ml.config import RuntimeConfig
-from ml.devices import apply_runtime, autocast, host_facts, num_cores, resolve_runtime, shield_small_convolutions, translate_oom
+from ml.cores import num_cores
+from ml.devices import apply_runtime, autocast, host_facts, resolve_runtime, shield_small_convolutions, translate_oom
 from ml.errors import OutOfMemory, RecipeError
 
 
