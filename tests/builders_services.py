@@ -35,18 +35,18 @@ def wait_until(condition: Callable[[], Any], *, seconds: float = 20.0, what: str
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_tests() -> None:
+def die_with_tests() -> None:
     # A test run that is killed leaves no server behind. Nothing is loaded here: only the forking thread lives in this moment.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _find_postgresql(program: str) -> str:
+def find_postgresql(program: str) -> str:
     found = [*sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), reverse=True), *map(Path, filter(None, [shutil.which(program)]))]
     assert found, f"PostgreSQL's {program} is missing: install the package `postgresql`; these tests need the real one"
     return str(found[0])
 
 
-def _unprivileged_user() -> str | None:
+def unprivileged_user() -> str | None:
     """PostgreSQL refuses to run as root."""
     if os.getuid() != 0:
         return None
@@ -54,7 +54,7 @@ def _unprivileged_user() -> str | None:
     return "postgres" if "postgres" in known else "nobody"
 
 
-def _running_as(user: str | None) -> dict[str, Any]:
+def running_as(user: str | None) -> dict[str, Any]:
     return {} if user is None else {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
 
 
@@ -63,20 +63,20 @@ def running_postgresql() -> Iterator[str]:
     """A server of its own; yields a directory of its socket. Its data is never flushed to the disk: it lives for one session."""
     # Sockets have short names, so the folder of the test may be too deep.
     directory = Path(tempfile.mkdtemp(prefix="nss-pg-", dir="/tmp"))
-    user = _unprivileged_user()
+    user = unprivileged_user()
     if user is not None:
         shutil.chown(directory, user)
     data = directory / "data"
-    initdb = [_find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
-    server = [_find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
+    initdb = [find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
+    server = [find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
     server += ["-c", "max_connections=200", "-c", "shared_buffers=32MB"]
     process = None
     try:
-        subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **_running_as(user))
+        subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **running_as(user))
         with (directory / "log").open("wb") as log:
-            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": _die_with_tests}
-            process = subprocess.Popen(server, **options, **_running_as(user))
-        wait_until(lambda: _postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": die_with_tests}
+            process = subprocess.Popen(server, **options, **running_as(user))
+        wait_until(lambda: postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
         yield str(directory)
     finally:
         if process is not None:
@@ -85,7 +85,7 @@ def running_postgresql() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _postgresql_answers(directory: Path, process: subprocess.Popen[bytes]) -> bool:
+def postgresql_answers(directory: Path, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, (directory / "log").read_text()
     try:
         psycopg.connect(host=str(directory), user="postgres", dbname="postgres").close()
@@ -115,17 +115,17 @@ def running_redis() -> Iterator[str]:
         port = free_port()
         options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--appendonly", "yes"]
         with (Path(directory) / "log").open("wb") as log:
-            process = subprocess.Popen([program, *options], stdout=log, stderr=log, preexec_fn=_die_with_tests)  # noqa: PLW1509
+            process = subprocess.Popen([program, *options], stdout=log, stderr=log, preexec_fn=die_with_tests)  # noqa: PLW1509
         try:
             url = f"redis://127.0.0.1:{port}/0"
-            wait_until(lambda: _redis_answers(url), seconds=START_SECONDS, what="Redis's start")
+            wait_until(lambda: redis_answers(url), seconds=START_SECONDS, what="Redis's start")
             yield url
         finally:
             process.terminate()
             process.wait()
 
 
-def _redis_answers(url: str) -> bool:
+def redis_answers(url: str) -> bool:
     client = redis.Redis.from_url(url)
     try:
         return bool(client.ping())
