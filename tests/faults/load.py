@@ -23,11 +23,13 @@ NUM_FOLDERS = 4
 NUM_POOL = 24
 SHARD_SIZE = 8
 MOST_OPEN = 5
+LABEL_SECONDS = 45.0
+"""Between two sets: each of their jobs may have to load torch."""
 RED = encode(Image.new("RGB", (20, 10), (250, 20, 10)))
 RUNTIME = {"num_threads": 1, "num_loader_workers": 0}
 TRAINING = {"batch_size": 18, "evaluate_every_steps": 200, "ema_decay": 0.9, "checkpoint_every_seconds": 0.5}
 RECIPE = {
-    "teacher": {"training": {"steps": 600, **TRAINING}},
+    "teacher": {"training": {"steps": 1500, **TRAINING}},
     "students": [{"training": {"steps": 200, **TRAINING, "batch_size": 6}}],
     "labeling": {"shard_size": SHARD_SIZE},
     "selection": {"require_every_class": False, "near_duplicate_distance": None},
@@ -67,6 +69,7 @@ class Load:
         """Labeled datasets that can be split."""
         self.run: Accepted | None = None
         self._chance = chance(stage.seed, stage.kind, "load")
+        self._labeled_at = float("-inf")
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._guarded, args=(loop,)) for loop in (self._ask, self._predict, self._promote)]
 
@@ -216,6 +219,9 @@ class Load:
             return self.add_version()
         if draw < 0.92:
             return self.split(number)
+        if time.monotonic() - self._labeled_at < LABEL_SECONDS:
+            return self.add_version()
+        self._labeled_at = time.monotonic()
         return self.label_pool()
 
     # Serving

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class ChaosRun:
         self.outcome = Outcome(stage.kind, stage.seed)
         self.ledger = Ledger()
         self.known_jobs: set[str] = set()
+        self._put_off: list[type[Fault]] = []
         self._started = time.monotonic()
 
     def run(self) -> Outcome:
@@ -92,16 +93,26 @@ class ChaosRun:
         self._started = time.monotonic()
         scene.load.start()
         try:
-            for kind in draw_plan(self.kinds, self.stage.seed, self.stage.kind):
-                if self._seconds() > 60 * self.minutes:
-                    break
+            plan = draw_plan(self.kinds, self.stage.seed, self.stage.kind)
+            while self._seconds() < 60 * self.minutes:
                 if self.trains and self._seconds() < 45 * self.minutes:
                     self._keep_training(scene)
-                self._strike(scene, kind())
+                self._strike(scene, self._next(plan)())
         finally:
             scene.load.stop()
         self._end(scene)
         return self.outcome
+
+    def _next(self, plan: Iterator[type[Fault]]) -> type[Fault]:
+        """Of the plan; what needs a training has its turn as soon as one runs."""
+        training = any(job.kind == "train" for job in self.stage.running().values())
+        if training and self._put_off:
+            return self._put_off.pop()
+        for kind in plan:
+            if training or not kind.needs_training:
+                return kind
+            self._put_off.append(kind)
+        raise AssertionError("a plan has no end")
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

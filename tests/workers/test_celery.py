@@ -83,3 +83,13 @@ def test_a_flushed_broker_loses_nothing(postgresql_url: str, redis_url: str, tmp
     assert [job.attempt for job in ended] == [1] * 4
     broker.close()
     database.close()
+
+
+def test_a_worker_that_finds_no_database_ends_instead_of_consuming_hints_for_nobody(redis_url: str, tmp_path: Path) -> None:
+    nowhere = Settings(data_directory=tmp_path / "data", database_url="postgresql://postgres@127.0.0.1:9/rows", redis_url=redis_url)
+
+    with running_worker(nowhere, tmp_path, *CELERY) as worker:
+        status = worker.process.wait(60)
+
+    assert status == 1
+    assert worker.lines("worker.cannot_start")
