@@ -188,21 +188,26 @@ class Stage:
     def fill_disk(self) -> None:
         """No room for anything new, at once and for everybody."""
         if self.has_disk_of_its_own:
-            used = os.statvfs(self.data)
-            self._resize((used.f_blocks - used.f_bfree) * used.f_frsize)
+            wait_until(self._shrink, seconds=10, what="a file system without room")
         else:
             for member in self.members.all.values():
                 member.wish(disk_full=True)
 
+    def _shrink(self) -> bool:
+        """To what is used now; refused when more is used a moment later."""
+        used = os.statvfs(self.data)
+        return self._resize((used.f_blocks - used.f_bfree) * used.f_frsize)
+
     def free_disk(self) -> None:
         if self.has_disk_of_its_own:
-            self._resize(DISK_BYTES)
+            assert self._resize(DISK_BYTES)
         else:
             for member in self.members.all.values():
                 member.wish()
 
-    def _resize(self, num_bytes: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(self.data)], check=True)
+    def _resize(self, num_bytes: int) -> bool:
+        command = ["mount", "-o", f"remount,size={num_bytes}", str(self.data)]
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def _mount(directory: Path) -> bool:
