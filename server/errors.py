@@ -181,7 +181,9 @@ def _database_problem(error: sqlalchemy.exc.SQLAlchemyError) -> Problem:
     if isinstance(error, sqlalchemy.exc.DataError):
         return Problem(422, "invalid_request", "a value cannot be stored: a text holds a zero character, or a number is too large")
     if isinstance(error, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError | sqlalchemy.exc.TimeoutError):
-        return Problem(503, "database_unavailable", "the database does not answer; nothing was changed", headers={"Retry-After": "2"})
+        # The answer to a commit may be what was lost, so nobody here knows.
+        message = "the database does not answer; send the request again, with the same Idempotency-Key where it has one"
+        return Problem(503, "database_unavailable", message, headers={"Retry-After": "2"})
     return to_problem(RuntimeError("unexpected database error"))
 
 

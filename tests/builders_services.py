@@ -36,7 +36,7 @@ def wait_until(condition: Callable[[], Any], *, seconds: float = 20.0, what: str
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_tests() -> None:
+def die_with_tests() -> None:
     # A test run that is killed leaves no server behind. Nothing is loaded here: only the forking thread lives in this moment.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -75,9 +75,9 @@ def running_postgresql() -> Iterator[str]:
     try:
         subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **running_as(user))
         with (directory / "log").open("wb") as log:
-            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": _die_with_tests}
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": directory, "preexec_fn": die_with_tests}
             process = subprocess.Popen(server, **options, **running_as(user))
-        wait_until(lambda: _postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
+        wait_until(lambda: postgresql_answers(directory, process), seconds=START_SECONDS, what="PostgreSQL's start")
         yield str(directory)
     finally:
         if process is not None:
@@ -86,7 +86,7 @@ def running_postgresql() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _postgresql_answers(directory: Path, process: subprocess.Popen[bytes]) -> bool:
+def postgresql_answers(directory: Path, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, (directory / "log").read_text()
     try:
         psycopg.connect(host=str(directory), user="postgres", dbname="postgres").close()
@@ -116,17 +116,17 @@ def running_redis() -> Iterator[str]:
         port = free_port()
         options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--appendonly", "yes"]
         with (Path(directory) / "log").open("wb") as log:
-            process = subprocess.Popen([program, *options], stdout=log, stderr=log, preexec_fn=_die_with_tests)  # noqa: PLW1509
+            process = subprocess.Popen([program, *options], stdout=log, stderr=log, preexec_fn=die_with_tests)  # noqa: PLW1509
         try:
             url = f"redis://127.0.0.1:{port}/0"
-            wait_until(lambda: _redis_answers(url), seconds=START_SECONDS, what="Redis's start")
+            wait_until(lambda: redis_answers(url), seconds=START_SECONDS, what="Redis's start")
             yield url
         finally:
             process.terminate()
             process.wait()
 
 
-def _redis_answers(url: str) -> bool:
+def redis_answers(url: str) -> bool:
     client = redis.Redis.from_url(url)
     try:
         return bool(client.ping())

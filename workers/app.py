@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import Any
 
+import sqlalchemy.exc
 from celery import signals
 
 from core.errors import SetupError
@@ -33,10 +34,14 @@ def start(sender: Any, **_: Any) -> None:
     capabilities = tuple(sorted(sender.app.amqp.queues.consume_from))
     try:
         _worker = FullWorker(settings, capabilities=capabilities, on_crash=give_up)
+        _worker.start()
     except SetupError as error:
         get_log().error("worker.cannot_start", error=error.message)
         raise SystemExit(2) from error
-    _worker.start()
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        # Celery would log it and go on consuming hints, with nobody here to take them. Whoever restarts dead workers tries again.
+        get_log().error("worker.cannot_start", error=str(error).splitlines()[0])
+        raise SystemExit(1) from error
     watchdog = Watchdog(
         HintBox(redis_url),
         capabilities,

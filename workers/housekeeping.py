@@ -234,7 +234,10 @@ class Housekeeping:
     def sweep_files(self) -> None:
         """Remove stored files that no row names and that are old enough not to be about to be named."""
         grace = self._settings.orphan_grace_seconds
-        for digests in _in_batches(self._storage.list_old(older_than_seconds=grace, now_seconds=time.time())):
+        with self._database.reading() as session:
+            # By the clock of all: a host whose own is an hour ahead would take for old what is about to be named.
+            moment = now(session).timestamp()
+        for digests in _in_batches(self._storage.list_old(older_than_seconds=grace, now_seconds=moment)):
             with self._database.reading() as session:
                 if is_held(session, BACKUP):
                     return

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from core.db import jobs
 from core.db.datasets import fail_version, finish_version
+from core.db.events import count_reports
 from core.db.files import forget_files, name_files
 from core.db.generations import register_generation
 from core.db.pseudo_labels import finish_set
@@ -33,6 +34,9 @@ def write_reports(session: Session, job: Job, reports: Reports, *, lease_seconds
     kept = jobs.heartbeat(session, job.id, token=job.token, lease_seconds=lease_seconds, progress=reports.progress)
     if kept is None:
         return None
+    if reports.num_doubtful:
+        # A commit in doubt is over now: it held the row that was just updated.
+        reports.find_out(count_reports(session, job.id, attempt=job.attempt))
     if reports.items:
         jobs.report(session, job.id, token=job.token, items=reports.items)
     if reports.phase is not None and job.step in ("train-teacher", "train-student"):

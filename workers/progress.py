@@ -26,6 +26,9 @@ class Reports:
         self.runtime: dict[str, Any] | None = None
         self.step: int | None = None
         """Where the training was heard last; None outside of it."""
+        self.num_doubtful = 0
+        """Items at the front that may be in the database although their commit was reported as failed."""
+        self._num_written = 0
         self._stage: str | None = None
         self._told: dict[str, Any] | None = None
         self._progress_at = float("-inf")
@@ -51,7 +54,8 @@ class Reports:
         self.items.append((kind, data))
         if len(self.items) > MOST_WAITING:
             # The database is away for long: of the curves every second point will do.
-            self.items = [item for number, item in enumerate(self.items) if item[0] != "metric" or number % 2]
+            new = self.items[self.num_doubtful :]
+            self.items[self.num_doubtful :] = [item for number, item in enumerate(new) if item[0] != "metric" or number % 2]
 
     def _note_progress(self, data: dict[str, Any]) -> None:
         if "stage" in data:
@@ -64,7 +68,19 @@ class Reports:
             self._progress_at, self._told = now, self.progress
             self.items.append(("progress", self.progress))
 
-    def written(self, num_items: int) -> None:
-        """The first `num_items` items and everything else are in the database now."""
-        del self.items[:num_items]
+    def written(self) -> None:
+        """Everything is in the database now."""
+        self._num_written += len(self.items)
+        self.items.clear()
+        self.num_doubtful = 0
         self.progress = self.phase = self.runtime = None
+
+    def doubt(self) -> None:
+        """The database went away while the items were written: when the answer to the commit was lost, they are there."""
+        self.num_doubtful = self.num_doubtful or len(self.items)
+
+    def find_out(self, num_there: int) -> None:
+        """The database holds `num_there` items of this attempt: those that were in doubt are among them, or were never written."""
+        del self.items[: max(0, num_there - self._num_written)]
+        self._num_written = num_there
+        self.num_doubtful = 0

@@ -212,10 +212,9 @@ class Slot(threading.Thread):
         try:
             beat = now - watch.beat_at >= self._settings.lease_seconds / 4
             if beat or not watch.reports.is_empty():
-                num_items = len(watch.reports.items)
                 with self._database.transaction() as session:
                     row = outcomes.write_reports(session, watch.job, watch.reports, lease_seconds=self._settings.lease_seconds)
-                watch.reports.written(num_items)
+                watch.reports.written()
                 watch.beat_at = now
             else:
                 with self._database.reading() as session:
@@ -223,6 +222,7 @@ class Slot(threading.Thread):
                     row = session.scalar(held)
         except AWAY as error:
             # The attempt goes on: if the lease runs out meanwhile, the token decides.
+            watch.reports.doubt()
             get_log().warning("database.away", doing="heartbeat", job_id=watch.job.id, error=str(error).splitlines()[0])
             return
         watch.fenced = row is None

@@ -73,6 +73,12 @@ def list_run_events(session: Session, run_id: str, *, after: int, limit: int) ->
     return list(session.scalars(query))
 
 
+def count_reports(session: Session, job_id: str, *, attempt: int) -> int:
+    """How many events this running attempt has reported; what others did to the job meanwhile is not counted."""
+    of_attempt = (Event.job_id == job_id, Event.attempt == attempt, Event.kind.not_in(("started", "cancel_requested")))
+    return session.scalar(sa.select(sa.func.count()).where(*of_attempt)) or 0
+
+
 def list_metrics(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:
     """The job's metric points numbered above `after`, in order."""
     query = sa.select(Event).where(Event.job_id == job_id, Event.kind == "metric", Event.number > after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +19,11 @@ from sqlalchemy.orm import Session
 BUSY_TIMEOUT_SECONDS = 30
 IDLE_TRANSACTION_SECONDS = 10.0
 """Transactions are short: one that says nothing for this long belongs to a frozen process or a lost host."""
+STATEMENT_SECONDS = 60
+SILENCE_SECONDS = STATEMENT_SECONDS + 5.0
+"""PostgreSQL ends every statement before: who has not heard by then is cut off from it (docs/decisions/0018)."""
+_TCP = {"tcp_user_timeout": 20_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A host that vanished from the network is noticed by the kernel within these milliseconds and seconds."""
 
 AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
 """What SQLAlchemy raises when the database cannot be reached, is locked for too long, or has no room."""
@@ -26,23 +32,29 @@ AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalche
 class Database:
     """Opened once a process; `transaction()` writes, `reading()` reads."""
 
-    def __init__(self, url: str, *, idle_transaction_seconds: float = IDLE_TRANSACTION_SECONDS) -> None:
-        """After `idle_transaction_seconds` PostgreSQL rolls a silent transaction back, so that its locks hold nobody else."""
+    def __init__(
+        self, url: str, *, idle_transaction_seconds: float = IDLE_TRANSACTION_SECONDS, silence_seconds: float = SILENCE_SECONDS
+    ) -> None:
+        """After `idle_transaction_seconds` PostgreSQL rolls a silent transaction back, so that its locks hold nobody else.
+
+        A PostgreSQL that leaves a statement without an answer for `silence_seconds` counts as away.
+        """
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
         if self.is_sqlite:
             self._writing = _sqlite_engine(url, begin="BEGIN IMMEDIATE")
             self._reading = _sqlite_engine(url, begin="BEGIN DEFERRED")
         else:
-            timeouts = f"-c statement_timeout=60000 -c idle_in_transaction_session_timeout={round(idle_transaction_seconds * 1000)}"
+            idle_ms = round(idle_transaction_seconds * 1000)
+            timeouts = f"-c statement_timeout={STATEMENT_SECONDS * 1000} -c idle_in_transaction_session_timeout={idle_ms}"
             self._writing = self._reading = sa.create_engine(
                 url,
                 pool_pre_ping=True,
                 pool_size=10,
                 max_overflow=30,
-                connect_args={"connect_timeout": 5, "options": timeouts},
+                connect_args={"connect_timeout": 5, "options": timeouts, **_TCP},
             )
-
+            sa.event.listens_for(self._writing, "do_connect")(_impatiently(silence_seconds))
             sa.event.listens_for(self._writing, "handle_error")(_call_lost_connections_operational)
 
     @contextmanager
@@ -82,6 +94,38 @@ def _sqlite_engine(url: str, *, begin: str) -> sa.Engine:
         connection.exec_driver_sql(begin)
 
     return engine
+
+
+def _impatiently(silence_seconds: float) -> Any:
+    """A connect that gives up on a server that says nothing: psycopg alone would wait for ever for an answer that was lost on the way."""
+
+    def connect(_dialect: Any, _record: Any, arguments: Any, named: Any) -> Any:
+        connection = _impatient_connection().connect(*arguments, **named)
+        connection.silence_seconds = silence_seconds
+        return connection
+
+    return connect
+
+
+@cache
+def _impatient_connection() -> Any:
+    import psycopg
+    from psycopg.pq import TransactionStatus
+
+    class ImpatientConnection(psycopg.Connection[Any]):
+        silence_seconds = SILENCE_SECONDS
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            """Every statement, commits included, waits here for its answer."""
+            try:
+                return super().wait(gen, interval, self.silence_seconds if timeout is None else timeout)
+            except psycopg.OperationalError:
+                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    # Still waiting: nobody may use this connection for anything else, and nobody would get its late answer.
+                    self.pgconn.finish()
+                raise
+
+    return ImpatientConnection
 
 
 def _call_lost_connections_operational(context: sa.ExceptionContext) -> None:

@@ -135,3 +135,13 @@ def test_draining_celery_workers_leave_new_jobs_to_the_others(postgresql_url: st
     started = {event.data["worker"] for job_id in job_ids for event in read_events(database, job_id) if event.kind == "started"}
     assert started == {second.lines("worker.started")[0]["worker"]}
     database.close()
+
+
+def test_a_worker_that_finds_no_database_ends_instead_of_consuming_hints_for_nobody(redis_url: str, tmp_path: Path) -> None:
+    nowhere = Settings(data_directory=tmp_path / "data", database_url="postgresql://postgres@127.0.0.1:9/rows", redis_url=redis_url)
+
+    with running_worker(nowhere, tmp_path, *CELERY) as worker:
+        status = worker.process.wait(60)
+
+    assert status == 1
+    assert worker.lines("worker.cannot_start")

@@ -113,6 +113,22 @@ def test_only_old_files_that_no_row_names_are_removed(sqlite_url: str, tmp_path:
     database.close()
 
 
+def test_a_housekeeper_whose_clock_is_an_hour_ahead_removes_nothing_that_is_about_to_be_named(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(sqlite_url)
+    storage = LocalStorage(tmp_path / "data" / "objects")
+    (tmp_path / "fresh").write_text("made by an attempt that ends just now")
+    digest = storage.put(tmp_path / "fresh")["digest"]
+    house, real = keep(database, tmp_path, orphan_grace_seconds=1800.0), time.time
+
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    house.sweep_files()
+
+    assert storage.fetch(digest).exists()
+    database.close()
+
+
 @pytest.mark.parametrize(("status", "age_seconds", "stays"), [("succeeded", 120, False), ("failed", 120, True), ("failed", 10**6, False)])
 def test_folders_stay_as_long_as_a_retry_could_use_them(
     sqlite_url: str, tmp_path: Path, status: str, age_seconds: int, stays: bool
