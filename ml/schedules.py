@@ -80,7 +80,7 @@ def check_batches(recipe: Recipe, *, num_labeled: int, iterations: int, has_teac
     if large:
         batches = " and ".join(f"{size} ({name})" for name, size in large.items())
         raise TooFewLabels(
-            f"{num_labeled} labeled training images are fewer than one batch of {batches}: add labels, or lower it to at most {num_labeled}",
+            f"{num_labeled} labeled training images are fewer than one batch of {batches}: add labels, or lower to {num_labeled} at most",
             num_labeled=num_labeled,
             pointers=[f"/{name.replace('.', '/')}" for name in large],
         )

@@ -158,7 +158,7 @@ class S3Server:
         options += ["--dir-cache-time", "50ms", "--local-no-check-updated", "--config", ""]
         with (self.directory.parent / "rclone.log").open("ab") as log:
             command = [program, "serve", "s3", str(self.directory), *options]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=_die_with_tests)  # noqa: PLW1509
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_tests)  # noqa: PLW1509
         wait_until(self._answers, seconds=START_SECONDS, what="rclone's start")
 
     def stop(self) -> None:

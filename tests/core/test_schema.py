@@ -16,6 +16,7 @@ from core.db.session import Database
 from core.db.tables import Base
 from core.errors import SchemaMismatch
 
+
 def test_the_migrations_make_exactly_the_tables_of_the_code(database: Database) -> None:
     with database.engine().connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "render_as_batch": database.is_sqlite})
