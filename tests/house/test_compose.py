@@ -171,7 +171,7 @@ def test_the_proxy_sends_to_the_ports_that_the_replicas_listen_on() -> None:
     targets = dict(re.findall(r"server-template \w+ \d+ (\w+):(\d+)", text))
 
     assert targets == {name: environment_of(SERVICES[name])[f"{PREFIX}PORT"] for name in ("api", "predictor")}
-    assert re.findall(r"bind :(\d+)", text) == [mapping.rpartition(":")[2] for mapping in SERVICES["proxy"]["ports"]]
+    assert re.findall(r"(?m)^    bind :(\d+)", text) == [mapping.rpartition(":")[2] for mapping in SERVICES["proxy"]["ports"]]
     assert "uri /readyz" in text
     [mount] = SERVICES["proxy"]["volumes"]
     assert (REPOSITORY / mount.split(":")[0]).is_file()
@@ -193,7 +193,7 @@ def test_everything_waits_for_a_healthy_database_and_finished_migrations() -> No
 def test_no_secret_stands_in_the_file() -> None:
     text = (REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8")
 
-    assert re.findall(r"(?im)^\s*\w*(?:password|secret|token|api_key)\w*:[ ]*(?!\$\{\w+:\?)\S+", text) == []
+    assert re.findall(r"(?im)^\s*\w*(?:password|secret|token|api_key)\w*:[ ]*(?!\$\{\w+:(?:\?|-\}))\S+", text) == []
     assert re.findall(r"://\w+:(?!\$\{\w+:\?)[^@/\s]+@", text) == []
 
 
