@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         fleet.start()
         key = (place.data_directory("migrate") / "admin.key").read_text(encoding="utf-8").strip()
-        print(f"\n{fleet.url}\n  datasets lie below {place.datasets}, logs and fleet.json in {directory}")
+        print(f"\n{fleet.url}\n  datasets lie below {place.datasets}, logs and fleet.json in {directory}, rows in {place.postgres}")
         print(f"  export NOISY_STUDENT_URL={fleet.url} NOISY_STUDENT_API_KEY={key}\n  Ctrl-C stops it, and nothing is lost", flush=True)
         fleet.run()
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error.cmd[0]}: {error.stderr.decode(errors='replace').strip()}", file=sys.stderr)
+        return 2
     except (FleetFailed, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

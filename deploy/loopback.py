@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -80,6 +81,13 @@ class Loopback:
         """The folder below which datasets lie, the same for all."""
         return self.directory / "datasets"
 
+    @property
+    def postgres(self) -> Path:
+        """The cluster's folder. PostgreSQL does not run as root, and its user cannot look into everybody's folders."""
+        if unprivileged_user() is None:
+            return self.directory / "postgres"
+        return Path("/var/tmp") / f"noisy-student-fleet-{hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]}" / "postgres"  # noqa: S108  its own user's folder, 0700
+
     def _environment(self, service: ComposeService, name: str) -> dict[str, str]:
         environment = {key: self._place(value) for key, value in service.environment.items()}
         own = {
@@ -108,7 +116,7 @@ class Loopback:
 
     def _start_postgres(self, service: ComposeService) -> Start:
         """As the image's entry point does: the first start makes the cluster, the user and the database."""
-        data, user = self.directory / "postgres", unprivileged_user()
+        data, user = self.postgres, unprivileged_user()
         if not (data / "PG_VERSION").exists():
             shutil.rmtree(data, ignore_errors=True)
             data.mkdir(parents=True)
