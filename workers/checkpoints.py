@@ -81,9 +81,11 @@ class CheckpointKeeper:
                 return
             replaced = replace_files(session, self._job.id, files, prefix=PREFIX)
         shutil.rmtree(self._aside, ignore_errors=True)
-        # A sweep would find them, but only after its grace period, and a checkpoint a minute is much until then.
-        for digest in replaced:
-            self._storage.remove(digest)
+        # A sweep would find it, but only after its grace period, and a checkpoint a minute is much until then. It holds seconds of
+        # this very attempt, so nobody else is about to name the same; best weights can be those of another training with the same seed.
+        for name, digest in replaced.items():
+            if name.endswith("/last.ckpt"):
+                self._storage.remove(digest)
 
 
 def snapshot(folder: Path, aside: Path) -> list[Path]:

@@ -42,7 +42,7 @@ class Watch:
 
     job: Job
     child: Child
-    keeper: CheckpointKeeper | None
+    keeper: CheckpointKeeper | None = None
     """None where checkpoints lie in storage's own file system anyway."""
     reports: Reports = field(default_factory=Reports)
     looked_at: float = field(default_factory=time.monotonic)

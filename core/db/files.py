@@ -33,12 +33,13 @@ def forget_files(session: Session, owner_id: str, *, prefix: str = "") -> None:
     session.execute(query.where(StoredFile.name.startswith(prefix, autoescape=True)) if prefix else query)
 
 
-def replace_files(session: Session, owner_id: str, files: dict[str, dict[str, Any]], *, prefix: str) -> set[str]:
-    """Name these files instead of the owner's whose names begin with `prefix`; returns the digests that nobody names any more."""
-    before = [row.digest for row in list_files(session, owner_id) if row.name.startswith(prefix)]
+def replace_files(session: Session, owner_id: str, files: dict[str, dict[str, Any]], *, prefix: str) -> dict[str, str]:
+    """Name these files instead of the owner's whose names begin with `prefix`; returns name → digest of what nobody names now."""
+    before = {row.name: row.digest for row in list_files(session, owner_id) if row.name.startswith(prefix)}
     forget_files(session, owner_id, prefix=prefix)
     name_files(session, owner_id, files)
-    return set(before) - find_named_digests(session, before)
+    named = find_named_digests(session, list(before.values()))
+    return {name: digest for name, digest in before.items() if digest not in named}
 
 
 def find_named_digests(session: Session, digests: list[str]) -> set[str]:

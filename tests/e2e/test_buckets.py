@@ -22,7 +22,12 @@ from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
 pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 
 # Long enough to be stopped in the middle; a checkpoint every half second.
-TRAINING = {"steps": 500, "batch_size": 18, "evaluate_every_steps": 100, "ema_decay": 0.9, "checkpoint_every_seconds": 0.5}
+LONG = {
+    **RECIPE,
+    "teacher": {
+        "training": {"steps": 500, "batch_size": 18, "evaluate_every_steps": 100, "ema_decay": 0.9, "checkpoint_every_seconds": 0.5}
+    },
+}
 
 
 def start_worker(service: Service, name: str, data_directory: Path) -> None:
@@ -36,9 +41,7 @@ def test_a_training_whose_host_is_lost_goes_on_elsewhere_and_ends_with_the_undis
     folders = write_folders(tmp_path / "images")
     (tmp_path / "calm").mkdir()
     with embedded(tmp_path / "calm", roots=tmp_path / "images") as calm:
-        undisturbed = weights_digest(
-            calm, start_run(calm, folders, iterations="manual", recipe={**RECIPE, "teacher": {"training": TRAINING}})["id"]
-        )
+        undisturbed = weights_digest(calm, start_run(calm, folders, iterations="manual", recipe=LONG)["id"])
     database = Database(Settings(database_url=postgresql_url).resolved_database_url)
     migrate(database)
     with database.transaction() as session:
@@ -60,7 +63,7 @@ def test_a_training_whose_host_is_lost_goes_on_elsewhere_and_ends_with_the_undis
         processes.start("api", sys.executable, "-m", "server")
         start_worker(service, "first", tmp_path / "first")
         service.wait_ready()
-        run_id = start_run(service, folders, iterations="manual", recipe={**RECIPE, "teacher": {"training": TRAINING}})["id"]
+        run_id = start_run(service, folders, iterations="manual", recipe=LONG)["id"]
         wait_for_checkpoint(service, run_id, attempt=1)
         [job] = service.get("/api/v1/jobs", run_id=run_id, kind="train")["items"]
 
