@@ -196,6 +196,19 @@ def test_a_claim_reads_the_queue_in_the_order_of_its_index(database: Database) -
     assert "TEMP B-TREE" not in plan
 
 
+def test_enqueueing_compares_no_job_with_all_the_others(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    found = []
+
+    with database.transaction() as session:
+        sa.event.listen(session, "do_orm_execute", lambda state: found.append(state) if state.is_update else None)
+        jobs.enqueue(session, [jobs.NewJob(kind="ingest", input={}) for _ in range(3)])
+
+    # SQLAlchemy would look through the session's objects at each UPDATE: the square of their number.
+    assert [state.execution_options.get("synchronize_session") for state in found] == [False] * 3
+    database.close()
+
+
 def test_what_an_older_version_inserts_can_be_claimed(database: Database) -> None:
     with database.transaction() as session:
         columns = "id, kind, status, capability, priority, input, attempt, lost_attempts, max_attempts, token, num_events, created_at"
