@@ -1,4 +1,7 @@
-"""`python -m ml`: the method without the service. `python -m ml run --help` tells the rest."""
+"""`python -m ml`: the method without the service. `python -m ml run --help` tells the rest.
+
+Images come from folders, tar shards, Parquet files or lists (`ml.sources`).
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print events and results as JSON lines")
     verbs = parser.add_subparsers(required=True)
 
-    run = verbs.add_parser("run", help="the whole loop: folders in, generations out; the same command goes on after a kill")
+    run = verbs.add_parser("run", help="the whole loop: images in, generations out; the same command goes on after a kill")
     for name, needed in (("labeled", True), ("unlabeled", True), ("test", False), ("validation", False)):
         run.add_argument(f"--{name}", type=Path, required=needed)
     run.add_argument("--out", type=Path, required=True)
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_options(train)
     train.set_defaults(verb=_train)
 
-    label = verbs.add_parser("label", help="an exported generation's guesses for a folder, without noise")
+    label = verbs.add_parser("label", help="an exported generation's guesses for unlabeled images, without noise")
     label.add_argument("generation", type=Path)
     label.add_argument("--unlabeled", type=Path, required=True)
     label.add_argument("--out", type=Path, required=True, help="folder of label shards")
@@ -107,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     select.add_argument("--selection", default="{}", help="SelectionConfig as JSON")
     select.add_argument("--seed", type=int, default=0)
-    select.add_argument("--evaluation", type=Path, action="append", default=[], help="class folders whose images must not be selected")
+    select.add_argument("--evaluation", type=Path, action="append", default=[], help="labeled images that must not be selected")
     select.set_defaults(verb=_select)
 
-    evaluate = verbs.add_parser("evaluate", help="measure an exported generation on class folders")
+    evaluate = verbs.add_parser("evaluate", help="measure an exported generation on labeled images")
     evaluate.add_argument("generation", type=Path)
     evaluate.add_argument("--images", type=Path, required=True)
     evaluate.add_argument("--predictions", type=Path, help="Parquet file to write")

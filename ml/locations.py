@@ -12,6 +12,7 @@ import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,7 +23,9 @@ from ml.image_columns import find_columns
 MAX_FILE_BYTES = 256 * 1024 * 1024
 PARQUET = ".parquet"
 """Ending of the containers in which an offset counts rows; in all others it counts bytes."""
-_OPEN_CONTAINERS = 64
+_OPEN_FILES = 256
+_OPEN_TABLES = 32
+"""Fewer: what a Parquet file says of its row groups is held with it."""
 _ROW_GROUP_BYTES = 256 * 1024 * 1024
 """Decoded image columns of Parquet files that a process keeps; the latest one always."""
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
@@ -114,8 +117,8 @@ def _stamp(facts: os.stat_result) -> _Stamp:
 class _Kept(Generic[_Opened]):
     """The containers that were used last, each opened once for all threads."""
 
-    def __init__(self, opening: Any) -> None:
-        self._opening = opening
+    def __init__(self, opening: Callable[[str], _Opened], most: int) -> None:
+        self._opening, self._most = opening, most
         self._opened: OrderedDict[str, tuple[_Stamp, _Opened]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -128,7 +131,7 @@ class _Kept(Generic[_Opened]):
                 opened = self._opening(path)
                 self._opened[path] = (found, opened)
             self._opened.move_to_end(path)
-            while len(self._opened) > _OPEN_CONTAINERS:
+            while len(self._opened) > self._most:
                 # Whoever still reads from it holds it open.
                 self._opened.popitem(last=False)
             return opened
@@ -146,7 +149,7 @@ class _Stretches:
             os.close(self.descriptor)
 
 
-_stretches: _Kept[_Stretches] = _Kept(_Stretches)
+_stretches: _Kept[_Stretches] = _Kept(_Stretches, _OPEN_FILES)
 
 
 def _read_stretch(location: Location, offset: int) -> bytes:
@@ -178,7 +181,7 @@ class _RowGroups:
     """Decoded row groups that were used last, for all threads: neighbors in a manifest are mostly neighbors in the file."""
 
     def __init__(self) -> None:
-        self._files: _Kept[_Rows] = _Kept(_Rows)
+        self._files: _Kept[_Rows] = _Kept(_Rows, _OPEN_TABLES)
         self._groups: OrderedDict[tuple[int, int], tuple[_Rows, Any]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()

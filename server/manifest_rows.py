@@ -38,8 +38,8 @@ def _may_hold(group: Any, equal: dict[str, str]) -> bool:
     for place in range(group.num_columns):
         column = group.column(place)
         text = equal.get(column.path_in_schema)
-        known = text is not None and column.is_stats_set and column.statistics.has_min_max
-        if known and not column.statistics.min <= text <= column.statistics.max:
+        known = column.statistics if text is not None and column.is_stats_set else None
+        if known is not None and known.has_min_max and not known.min <= text <= known.max:
             return False
     return True
 

@@ -54,6 +54,9 @@ def open_source(path: str | Path, *, source_format: Format = "auto", split: str 
         return ListSource(path.resolve(), "csv" if found == "csv" else "jsonl", split)
     if not names:
         root, names = _shards(path, f".{found}")
+    escaping = [name for name in names if not (root / name).resolve().is_relative_to(root)]
+    if escaping:
+        raise DataError(f"symbolic links lead out of {root}: {', '.join(escaping[:10])}", path=str(root), keys=escaping[:100])
     return TarSource(root, names) if found == "tar" else ParquetSource(root, _of_split(root, names, split))
 
 
@@ -110,9 +113,6 @@ def _shards(path: Path, suffix: str) -> tuple[Path, tuple[str, ...]]:
         return path.parent, (path.name,)
     names = sorted(found.relative_to(path).as_posix() for found in path.rglob(f"*{suffix}") if found.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    escaping = [name for name in names if not (path / name).resolve().is_relative_to(path)]
-    if escaping:
-        raise DataError(f"symbolic links lead out of {path}: {', '.join(escaping[:10])}", path=str(path), keys=escaping[:100])
     if not names:
         raise NoImages(f"{path} holds no {suffix} file", path=str(path))
     return path, tuple(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ml import decoding, manifest_files, pseudo_labels
+from ml import decoding, locations, manifest_files, pseudo_labels
 from ml.config import ImageConfig, LabelingConfig, NoiseConfig, RuntimeConfig
 from ml.data import TrainingBatches
 from ml.errors import BadImage
@@ -21,6 +22,8 @@ from ml.ingestion import ingest, scan
 from ml.locations import Location, read_bytes
 from ml.manifest import Manifest, digest_of
 from ml.prediction import label
+from ml.sources import open_source
+from ml.sources.listing import Notes
 from ml.tasks import LabelingTask
 from tests.ml import builders_images as images
 from tests.ml import builders_sources as builders
@@ -146,6 +149,19 @@ def test_a_container_that_was_replaced_is_opened_anew(tmp_path: Path) -> None:
     assert read_bytes(new) == images.image_bytes(1)
     with pytest.raises(BadImage, match="something else"):
         read_bytes(old)
+
+
+def test_many_shards_are_read_by_turns_with_few_of_them_open(tmp_path: Path) -> None:
+    number = 2 * locations._OPEN_FILES
+    for shard in range(number):
+        builders.write_tar(tmp_path / f"{shard:04d}.tar", {f"{shard}-{place}.png": f"{shard}-{place}".encode() for place in range(2)})
+    before = len(os.listdir("/proc/self/fd"))
+    entries = list(open_source(tmp_path).entries("unlabeled", Notes()))
+
+    for entry in sorted(entries, key=lambda entry: entry.key[::-1]):
+        assert read_bytes(entry.location(str(tmp_path))).decode() == entry.key.removesuffix(".png")
+
+    assert len(os.listdir("/proc/self/fd")) <= before + locations._OPEN_FILES
 
 
 def test_a_file_of_another_length_is_changed(tmp_path: Path) -> None:

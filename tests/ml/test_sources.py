@@ -330,10 +330,11 @@ def test_what_is_no_source_is_refused(
         list(open_source(tmp_path / name, **options).entries("unlabeled", Notes()))
 
 
-def test_shards_that_are_links_out_of_their_folder_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "link-{0..0}.tar"])
+def test_shards_that_are_links_out_of_their_folder_are_refused(tmp_path: Path, name: str) -> None:
     outside = builders.write_tar(tmp_path / "outside" / "x.tar", {"a.png": b"x"})
     (tmp_path / "tars").mkdir()
-    (tmp_path / "tars" / "link.tar").symlink_to(outside)
+    (tmp_path / "tars" / "link-0.tar").symlink_to(outside)
 
     with pytest.raises(DataError, match="lead out of"):
-        open_source(tmp_path / "tars")
+        open_source(tmp_path / "tars" / name)

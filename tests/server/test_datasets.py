@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.tables import Dataset, Job
 from ml.manifest import COLUMNS, Manifest
+from server.manifest_rows import read_rows
 from tests.server.builders import Api, add_ready_version, api_in_process
 
 
@@ -253,3 +255,19 @@ def test_presets_are_shown_complete(api: Api) -> None:
     assert {"digits", "small-32px", "photos-224", "paper-l2"} <= set(presets)
     assert api.client.get("/api/v1/recipes/digits").json()["recipe"] == presets["digits"]
     assert api.client.get("/api/v1/recipes/nothing").status_code == 404
+
+
+def test_a_broken_file_among_many_is_found_without_reading_the_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ml.manifest.BATCH_ROWS", 4)
+    base = dict.fromkeys(COLUMNS) | {"digest": "d" * 64, "class_name": "a", "bytes": 10}
+    rows = [base | {"key": f"{n:03}", "status": "empty" if n in (9, 18) else "ok"} for n in range(20)]
+    Manifest.from_rows(rows, root=tmp_path, kind="labeled").write(tmp_path / "manifest")
+    groups: list[int] = []
+    plain = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group, **more: groups.append(group) or plain(file, group, **more))
+
+    first = read_rows(tmp_path / "manifest", position=0, limit=1, columns=("key",), equal={"status": "empty"})
+    second = read_rows(tmp_path / "manifest", position=18, limit=1, columns=("key",), equal={"status": "empty"})
+
+    assert (first, second) == (([{"key": "009"}], 18), ([{"key": "018"}], None))
+    assert groups == [2, 4, 4]
