@@ -56,7 +56,7 @@ RUN pip install --require-hashes -r /tmp/requirements.txt
 COPY --from=wheel /wheels /tmp/wheels
 RUN pip install --no-deps /tmp/wheels/*.whl
 USER noisy-student
-HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-m", "workers.health"]
 
 FROM worker AS worker-cpu
