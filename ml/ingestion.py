@@ -159,11 +159,20 @@ def _inspect(entry: Entry, root: str) -> Row:
     return (entry.key, digest, *facts, *place)
 
 
+PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "unlabeled", "pool"))
+"""What folders of a data set's parts are called; a data set whose classes all have such names was given one folder too high."""
+
+
 def _refuse_unusable(source: Source, path: str | Path, kind: Kind, counts: Counts, notes: Notes) -> None:
     if kind == "unlabeled":
         if not counts.statuses["ok"]:
             raise NoImages(f"{path} holds no usable image among {counts.num_rows} files", **counts.to_dict())
         return
+    if notes.classes and notes.classes <= PARTS:
+        raise DataError(
+            f"the classes of {path} would be {' and '.join(sorted(notes.classes))}: these look like the parts of a dataset; give one of them",
+            classes=sorted(notes.classes),
+        )
     if not notes.classes:
         raise NoImages(f"{path} {source.no_classes}", path=str(path))
     empty = sorted(notes.classes - set(counts.classes))

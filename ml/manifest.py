@@ -292,6 +292,13 @@ def split(manifest: Manifest, shares: Mapping[str, Share], seed: int) -> dict[st
     return parts
 
 
+def check_shares_fit(num_images: Mapping[str, int], shares: Mapping[str, Share]) -> None:
+    """DataError or TooFewLabels when `shares` cannot be cut from classes of these sizes, duplicates counted as different images."""
+    _check_shares(shares)
+    for class_name, number in num_images.items():
+        _images_wanted(class_name, number, shares)
+
+
 def _check_shares(shares: Mapping[str, Any]) -> None:
     numbers = [share for share in shares.values() if share != "rest"]
     wrong = [share for share in numbers if isinstance(share, str) or share <= 0 or (share > 1 and share != int(share))]
@@ -311,7 +318,8 @@ def _images_wanted(class_name: str, num_images: int, shares: Mapping[str, Share]
     left = num_images - sum(wanted.values())
     if left < -1e-6:
         raise TooFewLabels(
-            f"class {class_name!r} has {num_images} different usable images, {dict(shares)} asks for more",
+            f"class {class_name!r} has {num_images} different usable images, "
+            f"{' and '.join(f'{part} {share}' for part, share in shares.items())} asks for more",
             class_name=class_name,
             num_images=num_images,
         )

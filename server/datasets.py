@@ -16,7 +16,8 @@ from core.db.files import list_files
 from core.db.jobs import NewJob, enqueue
 from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import FolderRefused, InvalidRequest, NotReady
-from ml.errors import DataError
+from ml.errors import DataError, MlError
+from ml.manifest import check_shares_fit
 from ml.sources import Format, format_of_file
 from server.dependencies import Services, ServicesDep, make_router
 from server.idempotency import OnceDep
@@ -298,6 +299,11 @@ def _split(session: Session, dataset_id: str, body: NewSplit) -> Job:
         raise InvalidRequest(f"dataset {dataset.name!r} is unlabeled; only folders of classes can be split", pointer="/shares")
     if source.status != "ready":
         raise NotReady(f"dataset {dataset.name!r} is {source.status}; see job {source.job_id}", job_id=source.job_id)
+    try:
+        # What is refused here takes no names. Equal images make fewer different ones; the job counts those.
+        check_shares_fit((source.report or {}).get("classes", {}), body.shares)
+    except MlError as error:
+        raise InvalidRequest(str(error), pointer="/shares", **error.details) from error
     prefix = body.name_prefix or dataset.name
     targets: dict[str, Any] = {}
     versions: list[DatasetVersion] = []

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, File, Query, Request, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from core.errors import InvalidRequest, PayloadTooLarge, PredictElsewhere, ServiceError
+from core.errors import InvalidRequest, PayloadTooLarge, PredictElsewhere, ServiceError, UnsupportedMedia
 from server.dependencies import Services, ServicesDep, make_router
 from server.errors import to_problem
 from server.openapi import problems
@@ -140,6 +140,8 @@ class Base64Images(BaseModel):
 )
 async def predict(request: Request, services: ServicesDep, question: QuestionDep) -> SinglePrediction:
     """The image as raw bytes: `curl --data-binary @rose.jpg`. Probabilities are calibrated."""
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        raise UnsupportedMedia("this takes one image as the whole body (`curl --data-binary @rose.jpg`); send forms to /predict/images")
     served = await _resolve(services, question)
     [future] = services.serving.predictor.submit([await request.body()], served)
     answer = await asyncio.wrap_future(future)

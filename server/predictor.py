@@ -234,7 +234,7 @@ class Predictor:
         if found is None:
             raise NothingPromoted(
                 f"nothing was promoted to the alias {alias!r} yet: PUT /api/v1/aliases/{alias} with a generation's id, "
-                "or `noisy-student promote GENERATION`",
+                f"or `noisy-student promote GENERATION{'' if alias == 'production' else f' --alias {alias}'}`",
                 alias=alias,
             )
         return found

@@ -26,6 +26,15 @@ app.conf.update(worker_pool="threads", worker_concurrency=settings.slots, worker
 _worker: FullWorker | None = None
 
 
+@signals.celeryd_init.connect  # type: ignore[untyped-decorator]
+def refuse_without_broker(**_: Any) -> None:
+    """Celery would look for a broker on this host for ever."""
+    if settings.redis_url is None:
+        configure_logs(json_lines=not sys.stderr.isatty())
+        get_log().error("worker.cannot_start", error="NOISY_STUDENT_REDIS_URL is not set; without a broker start `python -m workers`")
+        raise SystemExit(2)
+
+
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
 def start(sender: Any, **_: Any) -> None:
     """Celery consumes: begin to work. A worker that cannot start ends with status 2."""

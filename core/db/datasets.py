@@ -45,9 +45,14 @@ def _below_roots(text: str, roots: tuple[Path, ...], *, what: str, pointer: str)
 
 
 def create_dataset(session: Session, *, name: str, kind: str) -> Dataset:
-    """Insert a dataset without versions; AlreadyExists when the name is taken."""
-    if session.scalar(sa.select(Dataset.id).where(Dataset.name == name)) is not None:
-        raise AlreadyExists(f"a dataset named {name!r} exists; add a version to it, or choose another name", pointer="/name")
+    """Insert a dataset without versions; AlreadyExists when the name is taken. One whose versions all came to nothing does not take it."""
+    before = session.scalars(sa.select(Dataset).where(Dataset.name == name)).one_or_none()
+    if before is not None:
+        usable = sa.select(DatasetVersion.id).where(DatasetVersion.dataset_id == before.id, DatasetVersion.status != "failed")
+        if before.kind == kind and session.scalar(usable.limit(1)) is None:
+            return before
+        message = f"a dataset named {name!r} exists; add a version to it (`datasets add --new-version`), or choose another name"
+        raise AlreadyExists(message, pointer="/name")
     dataset = Dataset(id=new_id("dataset"), name=name, kind=kind, created_at=now(session))
     session.add(dataset)
     session.flush()
