@@ -170,7 +170,7 @@ def _refuse_unusable(source: Source, path: str | Path, kind: Kind, counts: Count
         return
     if notes.classes and notes.classes <= PARTS:
         raise DataError(
-            f"the classes of {path} would be {' and '.join(sorted(notes.classes))}: these look like the parts of a dataset; give one of them",
+            f"the classes of {path} would be {' and '.join(sorted(notes.classes))}: these are parts of a dataset; give one of them",
             classes=sorted(notes.classes),
         )
     if not notes.classes:

@@ -301,7 +301,7 @@ def _split(session: Session, dataset_id: str, body: NewSplit) -> Job:
         raise NotReady(f"dataset {dataset.name!r} is {source.status}; see job {source.job_id}", job_id=source.job_id)
     try:
         # What is refused here takes no names. Equal images make fewer different ones; the job counts those.
-        check_shares_fit((source.report or {}).get("classes", {}), body.shares)
+        check_shares_fit((source.report or {}).get("classes", {}), dict(body.shares.items()))
     except MlError as error:
         raise InvalidRequest(str(error), pointer="/shares", **error.details) from error
     prefix = body.name_prefix or dataset.name

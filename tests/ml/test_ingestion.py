@@ -35,6 +35,13 @@ def test_class_folders_become_rows_with_classes(tmp_path: Path) -> None:
     assert (manifest.column("width")[0], manifest.column("height")[0]) == (32, 32)
 
 
+def test_a_folder_above_the_parts_is_no_folder_of_classes(tmp_path: Path) -> None:
+    build_labeled(tmp_path, train=3, test=3)
+
+    with pytest.raises(DataError, match="the classes of .* would be test and train: .* give one of them"):
+        scan(tmp_path, kind="labeled")
+
+
 def test_images_below_a_class_folder_belong_to_the_class(tmp_path: Path) -> None:
     build_labeled(tmp_path)
     builders.write_image(tmp_path / "cat" / "2024" / "x.png", 77)

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from core.db.datasets import add_version, create_dataset, finish_version
-from core.db.tables import Dataset, Job
+from core.db.tables import Dataset, DatasetVersion, Job
 from ml.manifest import COLUMNS, Manifest
 from server.manifest_rows import read_rows
 from tests.server.builders import Api, add_ready_version, api_in_process
@@ -216,6 +216,30 @@ def test_only_ready_folders_of_classes_can_be_split(api: Api, tmp_path: Path) ->
     pending = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 0.5}})
 
     assert (pool.status_code, pending.status_code, pending.json()["code"]) == (422, 409, "not_ready")
+
+
+def test_a_split_that_cannot_be_cut_takes_no_names(api: Api) -> None:
+    add_ready_version(api.database, "flowers", "labeled")
+
+    refused = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 100_000, "unlabeled": "rest"}})
+    accepted = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 0.5, "unlabeled": "rest"}})
+
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"], accepted.status_code) == (422, "/shares", 202)
+    assert "asks for more" in refused.json()["detail"]
+
+
+def test_a_name_whose_versions_all_came_to_nothing_is_free_again(api: Api, tmp_path: Path) -> None:
+    register(api, tmp_path / "root" / "images")
+    taken = api.client.post("/api/v1/datasets", json={"name": "flowers", "kind": "labeled", "source": {"folder": str(tmp_path / "root")}})
+    with api.database.transaction() as session:
+        session.execute(sa.update(DatasetVersion).values(status="failed"))
+    body = {"name": "flowers", "kind": "labeled", "source": {"folder": str(tmp_path / "root")}}
+
+    other_kind = api.client.post("/api/v1/datasets", json={**body, "kind": "unlabeled"})
+    again = api.client.post("/api/v1/datasets", json=body)
+
+    assert [answer.status_code for answer in (taken, other_kind, again)] == [409, 409, 202]
+    assert api.client.get("/api/v1/datasets/flowers").json()["latest_version"]["number"] == 2
 
 
 def test_a_versions_files_are_read_in_pages(api: Api, tmp_path: Path) -> None:
