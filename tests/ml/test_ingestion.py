@@ -38,7 +38,7 @@ def test_class_folders_become_rows_with_classes(tmp_path: Path) -> None:
 def test_a_folder_above_the_parts_is_no_folder_of_classes(tmp_path: Path) -> None:
     build_labeled(tmp_path, train=3, test=3)
 
-    with pytest.raises(DataError, match="the classes of .* would be test and train: .* give one of them"):
+    with pytest.raises(DataError, match=r"the classes of .* would be test and train: .* give one of them"):
         scan(tmp_path, kind="labeled")
 
 

@@ -220,12 +220,14 @@ def test_only_ready_folders_of_classes_can_be_split(api: Api, tmp_path: Path) ->
 
 def test_a_split_that_cannot_be_cut_takes_no_names(api: Api) -> None:
     add_ready_version(api.database, "flowers", "labeled")
+    with api.database.transaction() as session:
+        session.execute(sa.update(DatasetVersion).values(report={"classes": {"rose": 24, "tulip": 300}}))
 
-    refused = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 100_000, "unlabeled": "rest"}})
+    refused = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 200, "unlabeled": "rest"}})
     accepted = api.client.post("/api/v1/datasets/flowers/splits", json={"shares": {"labeled": 0.5, "unlabeled": "rest"}})
 
     assert (refused.status_code, refused.json()["errors"][0]["pointer"], accepted.status_code) == (422, "/shares", 202)
-    assert "asks for more" in refused.json()["detail"]
+    assert "class 'rose' has 24 different usable images, labeled 200 and unlabeled rest asks for more" in refused.json()["detail"]
 
 
 def test_a_name_whose_versions_all_came_to_nothing_is_free_again(api: Api, tmp_path: Path) -> None:
