@@ -127,7 +127,11 @@ class Load:
     def _send(self, method: str, path: str, body: Any, headers: dict[str, str] | None = None) -> httpx.Response | None:
         """None when no answer came."""
         with suppress(httpx.TransportError), self.stage.client() as client:
-            return client.request(method, path, json=body, headers=headers)
+            response = client.request(method, path, json=body, headers=headers)
+            if response.status_code == 500:
+                # A fault is no surprise: the service has a name for everything that it cannot do just now.
+                self.ledger.complain(f"{method} {path} was answered with {response.text[:300]}")
+            return response
         return None
 
     # Jobs
@@ -243,7 +247,7 @@ class Load:
             answer = response.json()
             if self.wants.labels.get(answer["generation_id"]) != answer["label"]:
                 self.ledger.complain(f"/predict answered {answer['label']} in the name of {answer['generation_id']}")
-        elif response.status_code < 500:
+        elif response.status_code <= 500:
             self.ledger.complain(f"/predict answered {response.status_code} {response.text[:300]}")
         return response.status_code
 
