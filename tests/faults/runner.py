@@ -97,22 +97,27 @@ class ChaosRun:
             while self._seconds() < 60 * self.minutes:
                 if self.trains and self._seconds() < 45 * self.minutes:
                     self._keep_training(scene)
-                self._strike(scene, self._next(plan)())
+                kind = self._next(plan)
+                if kind is None:
+                    time.sleep(0.5)
+                else:
+                    self._strike(scene, kind())
         finally:
             scene.load.stop()
         self._end(scene)
         return self.outcome
 
-    def _next(self, plan: Iterator[type[Fault]]) -> type[Fault]:
-        """Of the plan; what needs a training has its turn as soon as one runs."""
+    def _next(self, plan: Iterator[type[Fault]]) -> type[Fault] | None:
+        """Of the plan; what needs a training has its turn as soon as one runs. None while everything waits for one."""
         training = any(job.kind == "train" for job in self.stage.running().values())
         if training and self._put_off:
             return self._put_off.pop()
-        for kind in plan:
+        while not all(kind in self._put_off for kind in self.kinds):
+            kind = next(plan)
             if training or not kind.needs_training:
                 return kind
             self._put_off.append(kind)
-        raise AssertionError("a plan has no end")
+        return None
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started
