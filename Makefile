@@ -37,7 +37,7 @@ fleet: install ## The containers' fleet as processes of this machine, without co
 	@$(BIN)/python -m deploy
 
 chaos: install ## Faults by the minute over real processes, then doctor --verify: SEED=7 MINUTES=10
-	@$(BIN)/python -m tests.faults --seed $(or $(SEED),0) --minutes $(or $(MINUTES),10)
+	@$(BIN)/python -m tests.faults --seed $(or $(SEED),0) --minutes $(or $(MINUTES),10) --report build/chaos
 
 test: install ## The tests that every change must pass (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile
