@@ -143,6 +143,10 @@ class Probe:
         missed = not good and (self._answered or child_seconds > START_SECONDS)
         self.misses = self.misses + 1 if missed else 0
 
+    def has_answered(self) -> None:
+        """Somebody else was answered: from now on silence counts."""
+        self._answered = True
+
     def close(self) -> None:
         """Forget the question that is open."""
         if self._asked is not None:
@@ -219,6 +223,9 @@ class Service:
         if self.ready or not _answers(f"{self.url}/readyz"):
             return
         self.ready = True
+        for child in self.children:
+            if child.probe is not None:
+                child.probe.has_answered()
         aside = self.settings.service_file.with_suffix(".incoming")
         aside.write_text(json.dumps({"url": self.url, "pid": os.getpid()}) + "\n", encoding="utf-8")
         os.replace(aside, self.settings.service_file)

@@ -26,7 +26,7 @@ FRESH_SECONDS = 3 * WATCH_SECONDS
 """What was read longer ago is not believed any more: this process was frozen, or the database is slow."""
 AWAY_SECONDS = 10.0
 """How long the news that the database is away counts: longer than one vain attempt to connect takes."""
-CATCH_UP_SECONDS = 2.0
+CATCH_UP_SECONDS = 4.0
 """What a request waits for a fresh look at the rows; then memory answers it."""
 FOLLOWED_SECONDS = 5.0
 """Without a look for longer than this, although the database is there, a replica is not ready."""
@@ -67,6 +67,7 @@ class Following:
         self._targets: dict[str, Target] = {}
         self._failures: dict[str, Failure] = {}
         self._loads: dict[str, threading.Thread] = {}
+        self._late: dict[str, float] = {}
         self._revision: str | None = None
         self._newest: str | None = None
         self._looked_at, self._failed_at = -inf, -inf
@@ -119,6 +120,9 @@ class Following:
                 # A thread that was given up on has come back with old news.
                 return
             self._revision, self._targets = revision, targets
+            if began - self._looked_at > FRESH_SECONDS:
+                # After a freeze: what the rows name now was named a while ago, so requests wait for its loading too.
+                self._late = dict.fromkeys(self._behind(), monotonic() + CATCH_UP_SECONDS)
             self._looked_at, self._problem = began, None
             self._changed.notify_all()
         for alias in self._behind():
@@ -173,6 +177,7 @@ class Following:
                 return
             with self._changed:
                 self._failures.pop(alias, None)
+                self._late.pop(alias, None)
                 self._changed.notify_all()
             get_log().info("alias.switched", alias=alias, generation_id=target.generation_id, version=target.version)
 
@@ -182,6 +187,7 @@ class Following:
         pause = min(2 * before.pause_seconds, LONGEST_PAUSE_SECONDS) if before is not None and again else WATCH_SECONDS
         with self._changed:
             self._failures[alias] = Failure(target, why, pause, monotonic() + pause)
+            self._late.pop(alias, None)
             self._changed.notify_all()
         self._metrics.alias_failures.labels(alias).inc()
         if before is None or (before.target, before.why) != (target, why):
@@ -189,9 +195,11 @@ class Following:
 
     # What requests and health ask
 
-    def is_fresh(self) -> bool:
-        """Whether what is in memory can be believed without waiting for a look: it is new, or nothing newer can be had."""
+    def is_fresh(self, alias: str) -> bool:
+        """Whether what the alias means in memory can be believed without waiting: it is new, or nothing newer can be had."""
         now = monotonic()
+        if now < self._late.get(alias, -inf):
+            return False
         if now - self._looked_at <= FRESH_SECONDS or (self._looking and self._silent_look == self._look_number):
             return True
         return self._problem is not None and now - self._failed_at <= AWAY_SECONDS

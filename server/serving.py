@@ -71,13 +71,13 @@ class Serving:
         """The generation that a request means when this can be said without reading anything; else `resolve` must be asked."""
         if generation_id is not None:
             return self.predictor.find(generation_id)
-        return self.predictor.find_alias(alias) if self.following.is_fresh() else None
+        return self.predictor.find_alias(alias) if self.following.is_fresh(alias) else None
 
     def resolve(self, *, alias: str, generation_id: str | None) -> ServedGeneration:
         """The generation that a request means: the pinned one, else the alias's. Loads it when it is not in memory."""
         if generation_id is not None:
             return self.predictor.load(generation_id)
-        if not self.following.is_fresh():
+        if not self.following.is_fresh(alias):
             # This process was frozen, or has just started: others may have moved the alias meanwhile.
             self.following.catch_up(alias)
         if self.predictor.find_alias(alias) is None:

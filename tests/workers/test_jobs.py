@@ -29,6 +29,11 @@ from workers.jobs.train import build_task
 NAMES = ["cat", "dog"]
 
 
+def source(path: str, kind: str) -> dict[str, Any]:
+    """What a reading is told."""
+    return {"path": path, "format": None, "split": None, "kind": kind}
+
+
 def make_work(directory: Path, given: dict[str, Any], **values: Any) -> Work:
     directory.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {
@@ -46,7 +51,7 @@ def make_work(directory: Path, given: dict[str, Any], **values: Any) -> Work:
 def make_pool(directory: Path, count: int) -> Path:
     """Manifest of a pool with so many images."""
     write_class_folders(directory / "pool", {"x": count})
-    made = ingest_job.run(make_work(directory / "ingest", {"folder": str(directory / "pool"), "kind": "unlabeled"}))
+    made = ingest_job.run(make_work(directory / "ingest", source(str(directory / "pool"), "unlabeled")))
     return made.files["manifest.parquet"]
 
 
@@ -89,8 +94,8 @@ def test_every_guess_is_listed_by_confidence_whether_selected_or_not(tmp_path: P
 
 def test_the_validation_images_that_training_will_cut_are_kept_out_of_the_pool(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path / "labeled", {"cat": 4, "dog": 4})
-    labeled = ingest_job.run(make_work(tmp_path / "l", {"folder": str(folder), "kind": "labeled"})).files["manifest.parquet"]
-    pool = ingest_job.run(make_work(tmp_path / "u", {"folder": str(folder), "kind": "unlabeled"})).files["manifest.parquet"]
+    labeled = ingest_job.run(make_work(tmp_path / "l", source(str(folder), "labeled"))).files["manifest.parquet"]
+    pool = ingest_job.run(make_work(tmp_path / "u", source(str(folder), "unlabeled"))).files["manifest.parquet"]
     keys = Manifest.read(pool).column("key")
     selection = to_dict(replace(get_recipe("digits").selection, require_every_class=False, balance=False))
     given = {
@@ -113,7 +118,7 @@ def test_the_validation_images_that_training_will_cut_are_kept_out_of_the_pool(t
 
 def test_the_parts_of_a_split_state_their_classes(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path / "images", {"cat": 6, "dog": 6})
-    manifest = ingest_job.run(make_work(tmp_path / "l", {"folder": str(folder), "kind": "labeled"})).files["manifest.parquet"]
+    manifest = ingest_job.run(make_work(tmp_path / "l", source(str(folder), "labeled"))).files["manifest.parquet"]
     targets = {"labeled": {"version_id": "a", "share": 2}, "unlabeled": {"version_id": "b", "share": "rest"}}
 
     made = split_job.run(make_work(tmp_path / "job", {"manifest": str(manifest), "targets": targets, "seed": 0}))
