@@ -15,9 +15,11 @@ from tests.workers.builders import add_ingest, add_jobs, make_settings, read_job
 
 def expand(database: Database) -> None:
     """What a newer version's migration does before anything of the old shape may go."""
-    with database.transaction() as session:
-        for table in ("jobs", "workers", "events", "dataset_versions"):
+    for table in ("jobs", "workers", "events", "dataset_versions"):
+        # Alone: together they could wait for a worker's transaction that waits for them.
+        with database.transaction() as session:
             session.execute(sa.text(f"ALTER TABLE {table} ADD COLUMN of_a_newer_version INTEGER DEFAULT 7 NOT NULL"))
+    with database.transaction() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
 
 
