@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from core.db.session import Database
@@ -11,6 +13,7 @@ from core.db.tables import Worker
 from core.db.workers import hold_singleton, list_workers
 from tests.builders_services import wait_until
 from tests.workers.builders import (
+    WorkerProcess,
     add_ingest,
     kinds_of,
     make_settings,
@@ -30,6 +33,25 @@ def freeze_at_work(directory: Path) -> int:
     pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work"))
     os.kill(pid, signal.SIGSTOP)
     return pid
+
+
+def freeze_outside_a_write(worker: WorkerProcess, database: Database) -> None:
+    """Stop the worker. One that stands still in the middle of a write to SQLite holds everybody until it goes on or is killed."""
+
+    def is_frozen() -> bool:
+        worker.signal(signal.SIGSTOP)
+        if not database.is_sqlite:
+            return True
+        with closing(sqlite3.connect(database.url.removeprefix("sqlite:///"), timeout=0.5, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                worker.signal(signal.SIGCONT)
+                return False
+        return True
+
+    wait_until(is_frozen, what="a worker that stands still outside of a write")
 
 
 def test_a_killed_worker_takes_its_attempts_with_it_and_its_successor_goes_on_at_once(database: Database, tmp_path: Path) -> None:
@@ -53,7 +75,7 @@ def test_a_frozen_worker_is_given_up_on_and_finds_itself_fenced(database: Databa
     job_id = add_ingest(database, write_folder(tmp_path))
     with running_worker(make_settings(tmp_path, database, lease_seconds=1.5), tmp_path, name="frozen") as frozen:
         child = freeze_at_work(tmp_path / "data" / "jobs" / job_id)
-        frozen.signal(signal.SIGSTOP)
+        freeze_outside_a_write(frozen, database)
         with worker_inside(make_settings(tmp_path, database)):
             job = wait_for_end(database, job_id)
         # It stood in the way of its successor, in the same folder.
