@@ -28,8 +28,8 @@ import typer
 
 from cli.invocation import get_invocation
 from cli.output import Output
-from cli.up import write_private
-from core.db.schema import check_schema, newest_revision
+from cli.up import existing_database, write_private
+from core.db.schema import newest_revision
 from core.db.session import Database
 from core.db.tables import Base, StoredFile
 from core.db.workers import hold_singleton, release_singleton
@@ -37,6 +37,7 @@ from core.errors import SetupError, StorageDamaged
 from core.settings import Settings
 from core.storage import LocalStorage, Storage, make_storage
 from core.version import VERSION
+from workers.checkpoints import PREFIX as CHECKPOINT
 from workers.housekeeping import BACKUP
 
 FORMAT = 1
@@ -53,16 +54,8 @@ def backup(
     """Write all rows and files into a folder, while the service goes on working."""
     invocation = get_invocation(context)
     settings, output = invocation.settings, invocation.output
-    if settings.database_url is None and not Path(settings.resolved_database_url.removeprefix("sqlite:///")).exists():
-        raise SetupError(f"there is no database in {settings.data_directory}; name the right one with --data-directory")
-    database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
-    try:
-        check_schema(database)
+    with existing_database(settings) as database:
         facts = Backup(settings, database, make_storage(settings), output).write(folder.resolve())
-    except sa.exc.SQLAlchemyError as error:
-        raise SetupError(f"the database cannot be read: {str(error).splitlines()[0]}") from error
-    finally:
-        database.close()
     output.result(facts, f"{sum(facts['rows'].values())} rows and {facts['num_files']} files are in {folder}")
 
 
@@ -111,14 +104,16 @@ class Backup:
             if not self.database.is_sqlite:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             for table in Base.metadata.sorted_tables:
-                found = session.execute(sa.select(table), execution_options={"yield_per": ROWS_AT_ONCE}).mappings()
+                query = sa.select(table).where(_kept(table))
+                found = session.execute(query, execution_options={"yield_per": ROWS_AT_ONCE}).mappings()
                 with gzip.open(folder / f"{table.name}.jsonl.gz", "wt", encoding="utf-8", compresslevel=3) as file:
                     counts[table.name] = 0
                     for row in found:
                         file.write(json.dumps(dict(row), default=datetime.isoformat, ensure_ascii=False) + "\n")
                         counts[table.name] += 1
                 self._keep_holding()
-            return counts, sorted(session.scalars(sa.select(StoredFile.digest).distinct()))
+            files = sa.select(StoredFile.digest).where(_kept(StoredFile.__table__)).distinct()
+            return counts, sorted(session.scalars(files))
 
     def _copy_files(self, files: list[str], target: Storage) -> None:
         for number, digest in enumerate(telling(files, self.output, "files copied")):
@@ -145,6 +140,11 @@ class Backup:
             if not hold_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS):
                 raise SetupError("another backup of this service is being made; wait for its end")
         self._held_until = time.monotonic() + HOLD_SECONDS
+
+
+def _kept(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Everything but checkpoints: an attempt replaces and removes them every minute, and goes on without."""
+    return ~table.c.name.startswith(CHECKPOINT, autoescape=True) if table is StoredFile.__table__ else sa.true()
 
 
 def telling(digests: list[str], output: Output, what: str) -> Iterator[str]:

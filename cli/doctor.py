@@ -16,6 +16,7 @@ import typer
 
 from cli.invocation import Invocation, get_invocation, local_url, read_service_file
 from cli.processes import check_port, is_locked
+from cli.up import existing_database
 from cli.verify import count_rows, find_defects
 from core.db.schema import check_schema
 from core.db.session import Database
@@ -63,19 +64,9 @@ def doctor(
 
 def _verify(invocation: Invocation) -> int:
     settings, output = invocation.settings, invocation.output
-    if settings.database_url is None and not Path(settings.resolved_database_url.removeprefix("sqlite:///")).exists():
-        raise SetupError(f"there is no database in {settings.data_directory}; name the right one with --data-directory")
-    # It thinks long about each of its queries, in one snapshot.
-    database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
-    try:
-        check_schema(database)
-        storage = make_storage(settings)
-        defects = find_defects(database, storage, orphan_seconds=settings.orphan_grace_seconds)
+    with existing_database(settings) as database:
+        defects = find_defects(database, make_storage(settings), orphan_seconds=settings.orphan_grace_seconds)
         counts = count_rows(database)
-    except sa.exc.SQLAlchemyError as error:
-        raise SetupError(f"the database cannot be read: {_first_line(error)}") from error
-    finally:
-        database.close()
     looked = ", ".join(f"{number} {name}" for name, number in counts.items())
     if output.as_json:
         output.result({"defects": [defect.to_dict() for defect in defects], "checked": counts}, "")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +19,8 @@ import typer
 from cli.invocation import Invocation, get_invocation
 from cli.processes import Service, hold_lock
 from core.db.api_keys import create_api_key
+from core.db.schema import check_schema, newest_revision
 from core.db.schema import migrate as bring_up_to_date
-from core.db.schema import newest_revision
 from core.db.session import Database
 from core.db.tables import ApiKey
 from core.errors import DataDirectoryRefused, SetupError
@@ -96,6 +98,21 @@ def open_database(settings: Settings, invocation: Invocation) -> None:
         database.close()
     if secret is not None:
         invocation.output.say(f"admin key, shown this once and kept in {settings.key_file}:\n  {secret}")
+
+
+@contextmanager
+def existing_database(settings: Settings) -> Iterator[Database]:
+    """The service's database, for who reads much of it in one snapshot; SetupError when it is not there, or not this version's."""
+    if settings.database_url is None and not Path(settings.resolved_database_url.removeprefix("sqlite:///")).exists():
+        raise SetupError(f"there is no database in {settings.data_directory}; name the right one with --data-directory")
+    database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
+    try:
+        check_schema(database)
+        yield database
+    except sa.exc.SQLAlchemyError as error:
+        raise SetupError(f"the database cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        database.close()
 
 
 def _open(settings: Settings) -> Database:

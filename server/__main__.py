@@ -88,9 +88,9 @@ def main() -> int:
     )
     parser.add_argument("--predictor", action="store_true", help="answer /predict and nothing else")
     options = parser.parse_args()
-    settings = Settings()
     configure_logs(json_lines=not sys.stderr.isatty())
     try:
+        settings = Settings()
         listener = open_socket(settings.host, settings.port)
         app = create_predictor(settings) if options.predictor else create_app(settings)
     except SetupError as error:

@@ -16,8 +16,12 @@ from workers.worker import FullWorker
 
 def main() -> int:
     """Work until SIGTERM or Ctrl-C; 2 when the process cannot start, 1 after a surprise."""
-    settings = Settings()
     configure_logs(json_lines=not sys.stderr.isatty())
+    try:
+        settings = Settings()
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if "NOISY_STUDENT_CAPABILITIES" not in os.environ and has_nvidia_gpu():
         settings = settings.model_copy(update={"capabilities": ("cpu", "cuda")})
     stop = threading.Event()

@@ -12,16 +12,18 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from cli.main import run
 from cli.verify import find_defects
+from core.db.files import name_files
 from core.db.jobs import NewJob, enqueue
 from core.db.session import Database
-from core.db.tables import Base
+from core.db.tables import Base, Job
 from core.settings import Settings
 from core.storage import LocalStorage
 from tests.builders_services import create_database
-from tests.cli.builders import lead_a_life
+from tests.cli.builders import History, lead_a_life
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,30 @@ def test_rows_that_come_meanwhile_are_there_whole_or_not_at_all(command: Termina
     assert find_defects(restored, LocalStorage(there / "objects"), orphan_seconds=0) == []
     database.close()
     restored.close()
+
+
+def test_checkpoints_which_come_and_go_are_left_out(command: Terminal, sqlite_url: str, tmp_path: Path) -> None:
+    database, here, there = opened(sqlite_url), tmp_path / "here", tmp_path / "there"
+    history = lead_a_life(database, LocalStorage(here / "objects"), tmp_path)
+    with database.transaction() as session:
+        # Its file is gone already: the attempt has written the next one meanwhile.
+        gone = {"digest": "0" * 64, "num_bytes": 1}
+        name_files(session, read_teacher_job(session, history), {"checkpoint-1/last.ckpt": gone})
+
+    made = command("backup", "kept", **places(sqlite_url, here))
+    brought = command("restore", "kept", **places(f"sqlite:///{tmp_path / 'elsewhere.sqlite3'}", there))
+
+    assert (made.returncode, brought.returncode) == (0, 0), made.stderr + brought.stderr
+    restored = opened(f"sqlite:///{tmp_path / 'elsewhere.sqlite3'}")
+    names = {row["name"] for row in read_all(restored)["stored_files"]}
+    assert "model.safetensors" in names
+    assert "checkpoint-1/last.ckpt" not in names
+    database.close()
+    restored.close()
+
+
+def read_teacher_job(session: Session, history: History) -> str:
+    return session.scalars(sa.select(Job.id).where(Job.run_id == history.run_id)).one()
 
 
 def test_a_second_backup_into_the_same_folder_keeps_the_files_and_replaces_the_rows(

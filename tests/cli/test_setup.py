@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from core.settings import Settings
 from tests.cli.builders import command
 
 
@@ -37,6 +41,32 @@ def test_up_over_a_data_directory_that_is_not_writable_ends_with_2(tmp_path: Pat
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: the data directory {place} is not writable")
+
+
+def test_a_setting_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "database-url"
+    secret.write_text("postgresql://user:secret@db/rows\n", encoding="utf-8")
+    monkeypatch.setenv("NOISY_STUDENT_DATABASE_URL_FILE", str(secret))
+    monkeypatch.setenv("NOISY_STUDENT_REDIS_URL", "")
+
+    settings = Settings()
+
+    assert settings.database_url == "postgresql://user:secret@db/rows"
+    assert settings.redis_url is None
+    monkeypatch.setenv("NOISY_STUDENT_DATABASE_URL", "sqlite:///rows")
+    assert Settings().database_url == "sqlite:///rows"
+
+
+@pytest.mark.parametrize("module", ["server", "workers"])
+def test_a_secret_file_that_is_not_there_is_one_line_and_status_2(module: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "NOISY_STUDENT_DATABASE_URL_FILE": str(tmp_path / "nowhere")}
+
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: NOISY_STUDENT_DATABASE_URL_FILE names {tmp_path / 'nowhere'}, which cannot be read: No such file or directory"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ class Scene:
         raise NotNow("the training has no checkpoint")
 
 
-class Fault:
+class Fault(ABC):
     """One kind of bad luck."""
 
     name: ClassVar[str]
@@ -75,9 +76,9 @@ class Fault:
     databases: ClassVar[tuple[str, ...]] = BOTH
     needs_training: ClassVar[bool] = False
 
+    @abstractmethod
     def strike(self, scene: Scene) -> dict[str, Any]:
         """Let it happen and be over; facts for the report."""
-        raise NotImplementedError
 
 
 def beyond_lease(scene: Scene) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,8 +118,9 @@ class CheckpointDamaged(Fault):
 
     concerns, needs_training = "storage", True
 
+    @abstractmethod
     def damage(self, path: Path, scene: Scene) -> None:
-        raise NotImplementedError
+        """Make of the file what a failing disk makes of it."""
 
     def strike(self, scene: Scene) -> dict[str, Any]:
         job_id, child = scene.training_child()
