@@ -17,8 +17,11 @@ TERMINAL = ("succeeded", "failed", "canceled")
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 # The stream sends a comment every 15 s; three missing ones are a dead connection.
 STREAM_TIMEOUT = httpx.Timeout(45.0, connect=5.0)
-RETRIES = 3
 RECONNECT_SECONDS = 1.0
+PATIENCE_SECONDS = 120.0
+"""How long a service that answered before is waited for: replicas, proxies and databases are started anew within it."""
+_PASSING = ("database_unavailable", "storage_unavailable", "unavailable", "unknown")
+"""Codes of a 502, 503 or 504 that says nothing of the request; a proxy that reaches no replica has no code at all."""
 JobListener = Callable[[dict[str, Any]], None]
 
 
@@ -33,6 +36,11 @@ class ApiProblem(Exception):
         self.details: dict[str, Any] = dict(body.get("details") or {})
         self.request_id = body.get("request_id")
         super().__init__(self.detail)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether something behind the address is away for a while, whatever was asked for."""
+        return self.status in (502, 503, 504) and self.code in _PASSING
 
     def to_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -71,6 +79,7 @@ class Client:
         # A proxy of the environment leads out; this machine is reached without one.
         direct = is_loopback(self.url)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=not direct)
+        self._has_answered = False
 
     def close(self) -> None:
         """Give the connections back."""
@@ -89,20 +98,35 @@ class Client:
     ) -> httpx.Response:
         """Send one request; ApiProblem for every answer that is no success, NotReachable when there is none.
 
-        `again` says that sending it twice does no harm, so a broken connection is tried once more.
+        `again` says that sending it twice does no harm: a service that answered before and is away now is waited for.
         """
         sent = {name: value for name, value in (params or {}).items() if value is not None}
-        for left in reversed(range(RETRIES if again else 1)):
+        away_since = None
+        while True:
             try:
                 response = self._http.request(method, path, params=sent, json=body, content=content, headers=headers)
-                break
-            except httpx.ConnectError as error:
-                raise NotReachable(f"nothing answers at {self.url}; start the service with `noisy-student up`, or give --url") from error
-            except httpx.TransportError as error:
-                if left == 0:
-                    raise NotReachable(f"{self.url} stopped answering: {error or type(error).__name__}") from error
-        raise_for_problem(response)
-        return response
+                raise_for_problem(response)
+            except (httpx.TransportError, ApiProblem) as error:
+                if isinstance(error, ApiProblem):
+                    self._has_answered = True
+                away_since = away_since or time.monotonic()
+                if not again or not self._waits(error, away_since):
+                    raise self._explain(error) from error
+                time.sleep(RECONNECT_SECONDS)
+                continue
+            self._has_answered = True
+            return response
+
+    def _waits(self, error: httpx.TransportError | ApiProblem, away_since: float) -> bool:
+        passing = isinstance(error, httpx.TransportError) or error.is_passing
+        return passing and self._has_answered and time.monotonic() - away_since < PATIENCE_SECONDS
+
+    def _explain(self, error: httpx.TransportError | ApiProblem) -> Exception:
+        if isinstance(error, ApiProblem):
+            return error
+        if isinstance(error, httpx.ConnectError) and not self._has_answered:
+            return NotReachable(f"nothing answers at {self.url}; start the service with `noisy-student up`, or give --url")
+        return NotReachable(f"{self.url} stopped answering: {error or type(error).__name__}")
 
     def get(self, path: str, **params: Any) -> Any:
         """Read a resource."""
@@ -145,10 +169,10 @@ class Client:
             if job["status"] in TERMINAL:
                 raise JobFailed(job)
 
-    def follow(self, path: str, *, after: int = 0, patience_seconds: float = 120.0) -> Iterator[StreamEvent]:
+    def follow(self, path: str, *, after: int = 0) -> Iterator[StreamEvent]:
         """Events of a job or run above number `after`, live, each exactly once, until the event `end`.
 
-        A cut connection is opened again with Last-Event-ID; NotReachable when the service stays away for `patience_seconds`.
+        A cut connection is opened again with Last-Event-ID; NotReachable when the service stays away for PATIENCE_SECONDS.
         """
         last, away_since = after, None
         while True:
@@ -164,12 +188,12 @@ class Client:
                         if event.kind == "end":
                             return
             except (httpx.TransportError, ApiProblem) as error:
-                # 503: the service is starting again. Every other refusal is final.
-                if isinstance(error, ApiProblem) and error.status != 503:
+                # Every refusal but those of a service that is starting again is final.
+                if isinstance(error, ApiProblem) and error.status not in (502, 503, 504):
                     raise
                 away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > patience_seconds:
-                    raise NotReachable(f"{self.url} did not come back within {patience_seconds:.0f} s") from error
+                if time.monotonic() - away_since > PATIENCE_SECONDS:
+                    raise NotReachable(f"{self.url} did not come back within {PATIENCE_SECONDS:.0f} s") from error
             time.sleep(RECONNECT_SECONDS)
 
     @contextmanager

@@ -10,6 +10,8 @@ import secrets
 import threading
 import time
 
+from core.errors import NotFound
+
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 PREFIXES = {
     "dataset": "ds",
@@ -24,6 +26,7 @@ PREFIXES = {
     "worker": "wkr",
     "request": "req",
 }
+_NOUNS = {prefix: kind.replace("_", " ").replace("pseudo ", "pseudo-").replace("api", "API") for kind, prefix in PREFIXES.items()}
 _lock = threading.Lock()
 _last = 0
 
@@ -39,3 +42,11 @@ def new_id(kind: str) -> str:
         _last = value
     digits = [_ALPHABET[(value >> shift) & 31] for shift in range(125, -1, -5)]
     return f"{PREFIXES[kind]}_{''.join(digits)}"
+
+
+def absent(noun: str, identity: str) -> NotFound:
+    """The refusal of an id or a name that stands for nothing; an id of something else is told as such."""
+    prefix, _, rest = identity.partition("_")
+    other = _NOUNS.get(prefix) if len(rest) == 26 else None
+    hint = "" if other in (None, noun) else f": that is the id of {'an' if other[0] in 'Aai' else 'a'} {other}"
+    return NotFound(f"there is no {noun} {identity!r}{hint}")

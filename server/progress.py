@@ -25,7 +25,8 @@ from starlette.concurrency import run_in_threadpool
 from core.db.events import list_job_events, list_run_events
 from core.db.session import Database
 from core.db.tables import Event, Job, Run
-from core.errors import InvalidRequest, NotFound, Overloaded
+from core.errors import InvalidRequest, Overloaded
+from core.ids import absent
 from core.lifecycle import JOB_TERMINAL
 
 POLL_SECONDS = 0.25
@@ -174,7 +175,7 @@ def read_events(session: Session, source: Source, row_id: str, *, after: int, li
     table = source.table
     status = session.scalar(sa.select(table.status).where(table.id == row_id))
     if status is None:
-        raise NotFound(f"there is no {source.noun} {row_id!r}")
+        raise absent(source.noun, row_id)
     items = [_show(event, source) for event in source.list_events(session, row_id, after=after, limit=limit)]
     return EventPage(items=items, next_after=items[-1].number if items else after, status=status)
 

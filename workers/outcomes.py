@@ -93,6 +93,12 @@ def _tell_iteration(session: Session, job: Job) -> None:
     column = "control_generation_id" if job.step == "train-control" else "generation_id"
     query = sa.update(Iteration).where(Iteration.run_id == job.run_id, Iteration.number == job.iteration)
     session.execute(query.values(**{column: job.generation_id}))
+    unfinished = sa.exists().where(
+        Job.run_id == job.run_id, Job.iteration == job.iteration, Job.step == "train-control", Job.status != "succeeded"
+    )
+    if job.step == "train-student" and session.scalar(sa.select(unfinished)):
+        # The student is exported, its control is still in training.
+        jobs.set_phase(session, job, "training")
 
 
 def record_failure(session: Session, job: Job, error: dict[str, Any], log: Stored, *, backoff_seconds: float) -> Job | None:

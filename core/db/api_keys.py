@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from core import lifecycle
 from core.db.session import now
 from core.db.tables import ApiKey, Secret
-from core.errors import InvalidRequest, NotFound
-from core.ids import new_id
+from core.errors import InvalidRequest
+from core.ids import absent, new_id
 
 PREFIX = "nss_"
 
@@ -41,7 +41,7 @@ def revoke_api_key(session: Session, key_id: str) -> ApiKey:
     """The key stops working at once; revoking twice changes nothing."""
     key = session.get(ApiKey, key_id)
     if key is None:
-        raise NotFound(f"there is no API key {key_id!r}")
+        raise absent("API key", key_id)
     key.revoked_at = key.revoked_at or now(session)
     return key
 

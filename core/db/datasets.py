@@ -13,7 +13,7 @@ from core.db.jobs import NewJob, enqueue
 from core.db.session import now
 from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import AlreadyExists, FolderRefused, InvalidRequest, NotFound, NotReady
-from core.ids import new_id
+from core.ids import absent, new_id
 
 
 def check_folder(folder: str, roots: tuple[Path, ...]) -> Path:
@@ -89,7 +89,7 @@ def get_dataset(session: Session, dataset_id: str) -> Dataset:
     """By id or by name; NotFound when there is none."""
     dataset = session.get(Dataset, dataset_id) or session.scalar(sa.select(Dataset).where(Dataset.name == dataset_id))
     if dataset is None:
-        raise NotFound(f"there is no dataset {dataset_id!r}")
+        raise absent("dataset", dataset_id)
     return dataset
 
 
@@ -97,7 +97,7 @@ def get_version(session: Session, version_id: str) -> DatasetVersion:
     """NotFound when there is none."""
     version = session.get(DatasetVersion, version_id, populate_existing=True)
     if version is None:
-        raise NotFound(f"there is no dataset version {version_id!r}")
+        raise absent("dataset version", version_id)
     return version
 
 

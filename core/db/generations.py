@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from core.db.files import forget_files, name_files
 from core.db.session import now
 from core.db.tables import Alias, Generation, Iteration, Job, Promotion, PseudoLabelSet, Run
-from core.errors import NotFound, NotReady, StillReferenced
+from core.errors import NotReady, StillReferenced
+from core.ids import absent
 
 
 def register_generation(session: Session, job: Job, result: dict[str, Any]) -> Generation:
@@ -50,7 +51,7 @@ def get_generation(session: Session, generation_id: str) -> Generation:
     job = session.scalar(sa.select(Job).where(Job.generation_id == generation_id))
     if job is not None:
         raise NotReady(f"generation {generation_id} is not there yet: its job {job.id} is {job.status}", job_id=job.id, status=job.status)
-    raise NotFound(f"there is no generation {generation_id!r}")
+    raise absent("generation", generation_id)
 
 
 def list_referrers(session: Session, generation_id: str) -> list[str]:

@@ -17,8 +17,8 @@ from core import lifecycle
 from core.db.events import append_events, append_first_events
 from core.db.session import now
 from core.db.tables import Iteration, Job, OutboxMessage, Run, Worker
-from core.errors import NotFound, WrongState
-from core.ids import new_id
+from core.errors import WrongState
+from core.ids import absent, new_id
 from core.version import PROTOCOL
 
 
@@ -64,7 +64,7 @@ def get_job(session: Session, job_id: str) -> Job:
     """The job as the database has it now; NotFound when there is none."""
     job = session.get(Job, job_id, populate_existing=True)
     if job is None:
-        raise NotFound(f"there is no job {job_id}")
+        raise absent("job", job_id)
     return job
 
 

@@ -11,8 +11,7 @@ from core.db.files import name_files
 from core.db.jobs import NewJob, enqueue
 from core.db.session import now
 from core.db.tables import Job, PseudoLabelSet
-from core.errors import NotFound
-from core.ids import new_id
+from core.ids import absent, new_id
 
 
 def create_set(
@@ -121,7 +120,7 @@ def get_set(session: Session, set_id: str) -> PseudoLabelSet:
     """NotFound when there is none."""
     row = session.get(PseudoLabelSet, set_id, populate_existing=True)
     if row is None:
-        raise NotFound(f"there is no pseudo-label set {set_id!r}")
+        raise absent("pseudo-label set", set_id)
     return row
 
 

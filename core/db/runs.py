@@ -18,8 +18,8 @@ from core.db.pseudo_labels import create_set
 from core.db.session import now
 from core.db.tables import DatasetVersion, Generation, Iteration, Job, Run
 from core.db.workers import capabilities_lately, offered_capabilities
-from core.errors import NotFound, WrongState
-from core.ids import new_id
+from core.errors import WrongState
+from core.ids import absent, new_id
 
 
 def create_run(
@@ -188,7 +188,7 @@ def get_run(session: Session, run_id: str) -> Run:
     """NotFound when there is none."""
     run = session.get(Run, run_id, populate_existing=True)
     if run is None:
-        raise NotFound(f"there is no run {run_id!r}")
+        raise absent("run", run_id)
     return run
 
 

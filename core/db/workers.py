@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from core.db.jobs import can_start
 from core.db.session import now
 from core.db.tables import Job, OutboxMessage, Run, SingletonLease, Worker
-from core.errors import NotFound, WrongState
-from core.ids import new_id
+from core.errors import WrongState
+from core.ids import absent, new_id
 from core.version import PROTOCOL
 
 
@@ -76,7 +76,7 @@ def get_worker(session: Session, worker_id: str) -> Worker:
     """NotFound when there is none."""
     worker = session.get(Worker, worker_id, populate_existing=True)
     if worker is None:
-        raise NotFound(f"there is no worker {worker_id!r}")
+        raise absent("worker", worker_id)
     return worker
 
 

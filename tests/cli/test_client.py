@@ -18,11 +18,12 @@ from tests.server.builders import Api, add_job, api_on_a_socket, fail, report, s
 class CuttingWire:
     """Passes connections on to a port, and cuts each after so many bytes of the answer."""
 
-    def __init__(self, port: int, *, cut_after_bytes: int) -> None:
-        self._port = port
+    def __init__(self, target: int, *, cut_after_bytes: int, port: int = 0) -> None:
+        self._target = target
         self._cut_after_bytes = cut_after_bytes
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
         self.num_cuts = 0
 
     def serve(self) -> None:
@@ -36,7 +37,7 @@ class CuttingWire:
     def _pass_on(self, near: socket.socket) -> None:
         left = self._cut_after_bytes
         # The client may hang up first.
-        with suppress(OSError), near, socket.create_connection(("127.0.0.1", self._port)) as far:
+        with suppress(OSError), near, socket.create_connection(("127.0.0.1", self._target)) as far:
             threading.Thread(target=_pump, args=(near, far), daemon=True).start()
             while left > 0 and (data := far.recv(min(left, 4096))):
                 near.sendall(data)
@@ -142,6 +143,48 @@ def test_an_address_where_nothing_listens_is_not_reachable() -> None:
 
     with pytest.raises(NotReachable, match="noisy-student up"):
         Client(f"http://127.0.0.1:{port}", None).get(f"{API}/jobs")
+
+
+def test_a_service_that_answered_before_is_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.client.RECONNECT_SECONDS", 0.01)
+    job = add_job(api.database)
+    with cutting_wire(api, cut_after_bytes=10**6) as wire:
+        client = Client(wire.url, None)
+        client.get(f"{API}/jobs/{job.id}")
+
+    wires: list[CuttingWire] = []
+
+    def come_back() -> None:
+        wires.append(CuttingWire(api.client.base_url.port, cut_after_bytes=10**6, port=wire.port))
+        wires[0].serve()
+
+    timer = threading.Timer(0.3, come_back)
+    timer.start()
+
+    found = client.get(f"{API}/jobs/{job.id}")
+
+    wires[0].close()
+    timer.join(10)
+    assert found["id"] == job.id
+
+
+def test_a_service_that_stays_away_is_given_up_on(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.client.RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr("cli.client.PATIENCE_SECONDS", 0.1)
+    with cutting_wire(api, cut_after_bytes=10**6) as wire:
+        client = Client(wire.url, None)
+        client.get("/livez")
+
+    with pytest.raises(NotReachable, match="stopped answering"):
+        client.get("/livez")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "passes"),
+    [(503, "database_unavailable", True), (502, "unknown", True), (503, "nothing_promoted", False), (500, "unknown", False)],
+)
+def test_only_an_answer_that_says_nothing_of_the_request_is_waited_out(status: int, code: str, *, passes: bool) -> None:
+    assert ApiProblem(status, {"code": code}).is_passing is passes
 
 
 def test_waiting_for_a_job_that_fails_says_why(api: Api, client: Client) -> None:

@@ -251,6 +251,17 @@ def test_a_smaller_student_is_warned_about_or_refused_as_the_recipe_says(student
         Training(replace(smaller, recipe=refusing), gather(smaller), tmp_path / "c", ignore, never)
 
 
+def test_a_handful_of_validation_images_is_warned_about(student: TrainingTask, tmp_path: Path) -> None:
+    events: list[Event] = []
+    few = gather(student)
+    few = replace(few, validation=few.validation.rows(0, 20))
+
+    training = Training(student, few, tmp_path / "c", events.append, never)
+
+    assert [event.data["code"] for event in events] == ["validation.few_images"]
+    assert training.warnings[0].startswith("20 validation images choose checkpoint and temperature: one of them is 5 points")
+
+
 def test_what_does_not_fit_is_refused_before_the_first_step(student: TrainingTask, tmp_path: Path) -> None:
     two_digits = write_digits(tmp_path / "two", labeled=2, validation=1, test=1, pool=5, classes=2)
 

@@ -143,6 +143,13 @@ def test_a_pinned_generation_answers_whatever_the_alias_says(service: Service) -
     assert (aliased["alias"], aliased["label"]) == ("production", "red")
 
 
+def test_a_misspelled_parameter_is_refused_with_the_one_that_was_meant(service: Service) -> None:
+    response = service.client.post("/predict", params={"topk": 3}, content=RED)
+
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert "did you mean top_k?" in response.json()["detail"]
+
+
 def test_a_pinned_generation_that_does_not_exist_is_not_found(service: Service) -> None:
     response = service.client.post("/predict", params={"generation": "gen_no"}, content=RED)
 

@@ -51,6 +51,27 @@ def test_an_unknown_row_is_a_problem(api: Api) -> None:
     assert_problem(api.client.get("/api/v1/jobs/job_unknown"), 404, "not_found")
 
 
+def test_an_id_of_another_kind_is_told_as_such(api: Api) -> None:
+    problem = assert_problem(api.client.get("/api/v1/jobs/run_01m8gh3cta6sgr16a2qzcxcj10"), 404, "not_found")
+
+    assert problem["detail"] == "there is no job 'run_01m8gh3cta6sgr16a2qzcxcj10': that is the id of a run"
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter", "hint"),
+    [
+        ("/api/v1/jobs?stauts=queued", "stauts", "did you mean status?"),
+        ("/api/v1/runs?kind=train", "kind", "known: cursor, limit, status"),
+        ("/api/v1/recipes/digits?x=1", "x", "this route has none"),
+    ],
+)
+def test_an_unknown_query_parameter_is_refused_not_ignored(api: Api, path: str, parameter: str, hint: str) -> None:
+    problem = assert_problem(api.client.get(path), 422, "invalid_request")
+
+    assert problem["errors"] == [{"parameter": parameter, "in": "query", "message": problem["detail"]}]
+    assert problem["detail"] == f"there is no query parameter {parameter!r}; {hint}"
+
+
 def test_an_unexpected_error_is_a_problem_that_tells_nothing(tmp_path: Path) -> None:
     with api_in_process(tmp_path) as api:
 

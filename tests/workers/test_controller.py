@@ -187,6 +187,25 @@ def test_the_control_belongs_to_the_iteration(sqlite_url: str) -> None:
     database.close()
 
 
+def test_an_iteration_whose_student_is_exported_is_in_training_while_its_control_is(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    run_id = add_run(database, recipe={"iterations": {"control": True}})
+    while finish_next(database) != "select":
+        advance_all(database)
+    advance_all(database)
+    with database.transaction() as session:
+        student = jobs.claim(session, holder="w", capabilities=["cpu"], lease_seconds=60)
+        assert student is not None
+        assert student.step == "train-student"
+        jobs.set_phase(session, student, "exporting")
+        made, files = result_of(student, top1=0.5)
+        record_success(session, student, made, files, {})
+
+    with database.reading() as session:
+        assert list_iterations(session, run_id)[1].phase == "training"
+    database.close()
+
+
 def test_a_run_stops_when_validation_gains_too_little(sqlite_url: str) -> None:
     database = Database(sqlite_url)
     run_id = add_run(database, iterations=5, recipe={"iterations": {"min_validation_gain": 0.01, "control": False}})
