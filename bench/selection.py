@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from bench.measurement import Measurement
 from ml.config import SelectionConfig
-from ml.manifest import COLUMNS, Manifest
+from ml.manifest import LOCATION_COLUMNS, metadata_of, schema
 from ml.pseudo_labels import write_shard
 from ml.tasks import SelectionTask
 
@@ -95,19 +95,18 @@ def _make_pool(directory: Path, num_rows: int) -> dict[str, object]:
     shards: list[str] = []
     evaluation: list[_Part] = []
     pool = directory / "pool.parquet"
-    schema = _schema()
-    with pq.ParquetWriter(pool, schema.with_metadata(_words(directory, "unlabeled")), compression="zstd") as writer:
+    with pq.ParquetWriter(pool, schema().with_metadata(metadata_of(directory, "unlabeled", ())), compression="zstd") as writer:
         for part in _parts(generator, num_rows):
-            writer.write_table(_manifest_table(part, schema, class_name=None))
+            writer.write_table(_manifest_table(part, class_name=None))
             shards.append(_write_shard(directory, part, generator, len(shards)))
             if not evaluation:
                 evaluation.append(_Part(part.keys[:LEAKED], part.digests[:LEAKED], part.hashes[:LEAKED]))
     evaluation.append(next(_parts(generator, EVALUATION - LEAKED)))
     test = directory / "test.parquet"
-    with pq.ParquetWriter(test, schema.with_metadata(_words(directory, "evaluation")), compression="zstd") as writer:
+    with pq.ParquetWriter(test, schema().with_metadata(metadata_of(directory, "evaluation", CLASSES)), compression="zstd") as writer:
         for number, part in enumerate(evaluation):
             renamed = _Part([f"{number}/{key}" for key in part.keys], part.digests, part.hashes)
-            writer.write_table(_manifest_table(renamed, schema, class_name=CLASSES[0]))
+            writer.write_table(_manifest_table(renamed, class_name=CLASSES[0]))
     task = {
         "shards": shards[::-1],
         "unlabeled": str(pool),
@@ -123,16 +122,6 @@ def _make_pool(directory: Path, num_rows: int) -> dict[str, object]:
     return task
 
 
-def _schema() -> pa.Schema:
-    row = dict.fromkeys(COLUMNS, None) | {"key": "a", "digest": "", "status": "ok", "bytes": 0}
-    return Manifest.from_rows([row], root=".", kind="unlabeled").table.schema
-
-
-def _words(directory: Path, kind: str) -> dict[str, str]:
-    classes = [] if kind == "unlabeled" else list(CLASSES)
-    return {"manifest": json.dumps({"root": str(directory), "kind": kind, "class_names": classes})}
-
-
 def _parts(generator: np.random.Generator, num_rows: int) -> Iterator[_Part]:
     for start in range(0, num_rows, SHARD):
         count = min(SHARD, num_rows - start)
@@ -143,12 +132,12 @@ def _parts(generator: np.random.Generator, num_rows: int) -> Iterator[_Part]:
         yield _Part(keys, digests, generator.integers(0, 2**63, count, dtype=np.uint64))
 
 
-def _manifest_table(part: _Part, schema: pa.Schema, *, class_name: str | None) -> pa.Table:
+def _manifest_table(part: _Part, *, class_name: str | None) -> pa.Table:
     count = len(part.keys)
-    constant = {"class_name": class_name, "status": "ok", "bytes": 1000, "width": 32, "height": 32}
-    columns = {name: pa.array([value] * count, schema.field(name).type) for name, value in constant.items()}
+    constant = dict.fromkeys(LOCATION_COLUMNS) | {"class_name": class_name, "status": "ok", "bytes": 1000, "width": 32, "height": 32}
+    columns = {name: pa.array([value] * count, schema().field(name).type) for name, value in constant.items()}
     columns |= {"key": pa.array(part.keys), "digest": part.digests, "pixel_digest": part.digests, "perceptual_hash": pa.array(part.hashes)}
-    return pa.table({name: columns[name] for name in COLUMNS}, schema=schema)
+    return pa.table({name: columns[name] for name in schema().names}, schema=schema())
 
 
 def _write_shard(directory: Path, part: _Part, generator: np.random.Generator, number: int) -> str:

@@ -14,6 +14,9 @@ from deploy.fleet import Fleet, FleetFailed
 from deploy.loopback import PUBLIC, Loopback
 
 REPLICAS = {"api": 2, "predictor": 2, "worker": 3}
+SLOTS = {"worker-3": 2}
+"""Workers differ, as hosts do: this many attempts at a time, one where nothing is said."""
+GPUS = Path("/proc/driver/nvidia/gpus")
 BUCKET = "noisy-student"
 
 
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     directory = given.directory.resolve()
     in_s3 = given.storage == "s3"
     further = dict(word.split("=", 1) for word in given.environment)
-    place = Loopback(directory, REPLICAS, shares_data=not in_s3, ports={PUBLIC: given.port}, further=further)
+    place = Loopback(directory, REPLICAS, shares_data=not in_s3, ports={PUBLIC: given.port}, further=further, slots=SLOTS)
     variables = {"POSTGRES_PASSWORD": _keep(directory / "postgres-secret"), "DATASETS": str(place.datasets)}
     if in_s3:
         variables |= {
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             "AWS_SECRET_ACCESS_KEY": _keep(directory / "storage-secret"),
         }
     try:
-        services = read_services(variables, profiles=("s3",) if in_s3 else ())
+        services = read_services(variables, profiles=[*(["s3"] if in_s3 else []), *(["cuda"] if GPUS.is_dir() else [])])
     except MissingVariable as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

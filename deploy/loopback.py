@@ -45,6 +45,8 @@ class Loopback:
     ports: dict[str, int] = field(default_factory=dict)
     further: Mapping[str, str] = field(default_factory=dict)
     """Variables beyond the file's, for the processes of this project."""
+    slots: Mapping[str, int] = field(default_factory=dict)
+    """Worker process → attempts at a time, where it is not the file's number."""
 
     def names(self, service: str) -> list[str]:
         """The processes of a service."""
@@ -96,6 +98,8 @@ class Loopback:
             "NOISY_STUDENT_HOST": "127.0.0.1",
             "NOISY_STUDENT_PORT": str(self.port(name)) if service.name in CONTAINER_PORTS else "",
         }
+        if name in self.slots:
+            own["NOISY_STUDENT_SLOTS"] = str(self.slots[name])
         ours = self.further if "NOISY_STUDENT_DATA_DIRECTORY" in environment else {}
         return environment | {key: value for key, value in own.items() if key in environment} | dict(ours)
 

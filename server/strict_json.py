@@ -1,4 +1,4 @@
-"""Requests read strictly: a duplicate key, NaN, an infinite number, a broken character or an unknown parameter is refused, not guessed at."""
+"""Requests read strictly: a duplicate key, NaN, an infinite number, a broken character or an unknown parameter is refused."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench import goals, load, measurement, promotions
+from bench import goals, load, measurement, promotions, selection
 from bench.goals import BY_HAND, GOALS, MEASUREMENTS, explained_goals, judge
 from bench.measurement import SHORTFALLS, Measurement, interleaved
 
@@ -92,6 +92,15 @@ def test_a_result_says_where_and_on_what_it_was_measured(monkeypatch: pytest.Mon
     assert written["figures"] == {"selection-memory": 280.0}
     assert written["details"]["seed"] == 3
     assert {"processor", "cores", "commit", "versions", "measured_at"} <= set(written["facts"])
+
+
+def test_a_synthetic_pool_can_be_selected_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SMALLER": 2000, "ROWS": 4000, "SHARD": 1500, "EVALUATION": 1200, "LEAKED": 10}.items():
+        monkeypatch.setattr(selection, name, value)
+
+    found = selection.measure()
+
+    assert found.figures["selection-memory"] > 0
 
 
 def test_disturbed_turns_are_made_again_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,20 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.processes import Processes, Service, embedded, free_port, wait_until
-from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
+from tests.e2e.processes import BIN, Processes, Service, embedded, free_port, wait_until
+from tests.e2e.test_whole_loop import write_folders
 
 pytestmark = pytest.mark.timeout(1500)
 
 MEMBERS = {"postgres", "redis", "storage", "proxy", "api-1", "api-2", "predictor-1", "predictor-2", "worker-1", "worker-2", "worker-3"}
-# Long enough that every member dies once before the run has ended.
-LONG = {
-    **RECIPE,
-    "teacher": {
-        "training": {"steps": 3000, "batch_size": 18, "evaluate_every_steps": 500, "ema_decay": 0.9, "checkpoint_every_seconds": 2}
-    },
-    "iterations": {"control": False},
-}
 
 
 class PatientService(Service):
@@ -119,48 +111,63 @@ def test_the_compose_files_fleet_starts_serves_behind_one_address_and_ends(tmp_p
     assert [name for name, pid in pids.items() if is_there(pid)] == []
 
 
-def outcome_of(service: Service, run_id: str) -> dict[str, Any]:
-    """What a run of one iteration made, down to weights and selected images."""
-    run = service.get(f"/api/v1/runs/{run_id}")
+def outcome_of(service: Service) -> dict[str, Any]:
+    """What the newest run made, down to weights, metrics and selected images, and under which recorded conditions."""
+    run = service.get("/api/v1/runs")["items"][0]
     assert run["status"] == "completed", run
-    first, second = sorted(run["iterations"], key=lambda iteration: iteration["number"])
-    set_id = second["pseudo_label_set_id"]
-    generations = [service.get(f"/api/v1/generations/{one['generation_id']}") for one in (first, second)]
+    lineage = service.get(f"/api/v1/runs/{run['id']}/lineage")["generations"]
+    generations = [service.get(f"/api/v1/generations/{entry['generation_id']}") for entry in lineage]
+    sets = [iteration["pseudo_label_set_id"] for iteration in run["iterations"] if iteration["pseudo_label_set_id"]]
     return {
+        "runtime": run["runtime"],
+        "generations": [(entry["iteration"], entry["role"]) for entry in lineage],
         "digests": [generation["digest"] for generation in generations],
-        "metrics": [generation["metrics"]["test"]["top1"] for generation in generations],
-        "selected": [
-            (item["key"], item["class_name"]) for item in service.get(f"/api/v1/pseudo-label-sets/{set_id}/items", limit=200)["items"]
+        "metrics": [
+            {split: {name: found["metrics"][split][name] for name in ("top1", "nll", "ece")} for split in ("validation", "test")}
+            for found in generations
         ],
-        "counts": service.get(f"/api/v1/pseudo-label-sets/{set_id}/counts"),
+        "selected": [selected_items(service, set_id) for set_id in sets],
     }
 
 
-def wait_for_run(service: Service, run_id: str, *, seconds: float) -> None:
-    def ended() -> bool:
-        status = service.get(f"/api/v1/runs/{run_id}")["status"]
-        assert status in ("active", "completed"), service.get(f"/api/v1/runs/{run_id}")
-        return bool(status == "completed")
+def selected_items(service: Service, set_id: str) -> list[tuple[Any, ...]]:
+    """Every guess of the set: image, class, confidence, and how often the student saw it."""
+    found: list[tuple[Any, ...]] = []
+    page: dict[str, Any] = {"next_cursor": None}
+    while not found or page["next_cursor"]:
+        page = service.get(f"/api/v1/pseudo-label-sets/{set_id}/items", limit=200, **({"cursor": page["next_cursor"]} if found else {}))
+        found += [(item["key"], item["class_name"], item["confidence"], item["repeat"]) for item in page["items"]]
+    return found
 
-    wait_until(ended, seconds=seconds, what=f"the end of {run_id}")
+
+def start_demo(service: Service, directory: Path) -> subprocess.Popen[bytes]:
+    """`noisy-student demo` against a running service, whose dataset root is `directory`'s folder `datasets`."""
+    command = [str(BIN / "noisy-student"), "--url", service.url, "demo", "--directory", str(directory), "--iterations", "2"]
+    key = str(service.client.headers["Authorization"]).removeprefix("Bearer ")
+    with (directory.parent / "demo.log").open("wb") as log:
+        return subprocess.Popen(command, env={**os.environ, "NOISY_STUDENT_API_KEY": key}, stdout=log, stderr=log)
+
+
+def finish_demo(demo: subprocess.Popen[bytes], directory: Path) -> None:
+    assert demo.wait(900) == 0, (directory.parent / "demo.log").read_text()
 
 
 @pytest.mark.long
-def test_each_member_killed_in_turn_changes_nothing_but_time(tmp_path: Path) -> None:
-    folders = write_folders(tmp_path / "images")
-    with embedded(tmp_path, roots=tmp_path / "images") as service:
-        run = start_run(service, folders, iterations=1, recipe=LONG)
-        wait_for_run(service, run["id"], seconds=600)
-        undisturbed = outcome_of(service, run["id"])
+def test_each_member_killed_in_turn_during_the_demo_changes_nothing_but_time(tmp_path: Path) -> None:
+    with embedded(tmp_path, roots=tmp_path / "data" / "datasets") as service:
+        finish_demo(start_demo(service, tmp_path / "data"), tmp_path / "data")
+        undisturbed = outcome_of(service)
 
     with running_fleet(tmp_path, "--environment", "NOISY_STUDENT_LEASE_SECONDS=6") as fleet:
-        folders = write_folders(fleet.directory / "datasets")
-        run = start_run(fleet.service, folders, iterations=1, recipe=LONG)
+        demo = start_demo(fleet.service, fleet.directory)
+        wait_until(lambda: fleet.service.get("/api/v1/runs")["items"], seconds=120, what="the demo's run")
+        during = []
         for name in sorted(MEMBERS):
             pid = fleet.kill(name)
             fleet.wait_for_another(name, pid)
-            fleet.service.get(f"/api/v1/runs/{run['id']}")
-        wait_for_run(fleet.service, run["id"], seconds=900)
-        disturbed = outcome_of(fleet.service, run["id"])
+            during.append((name, fleet.service.get("/api/v1/runs")["items"][0]["status"]))
+        finish_demo(demo, fleet.directory)
+        disturbed = outcome_of(fleet.service)
 
+    assert during == [(name, "active") for name in sorted(MEMBERS)]
     assert disturbed == undisturbed

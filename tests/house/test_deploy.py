@@ -54,6 +54,16 @@ def test_a_process_gets_the_containers_environment_with_addresses_of_loopback(tm
     assert start.command == [sys.executable, "-m", "server"]
 
 
+def test_one_worker_may_have_more_slots_than_the_others(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    place.slots = {"worker-3": 2}
+    service = read_services(VARIABLES)["worker"]
+
+    slots = [place.start(service, name).environment["NOISY_STUDENT_SLOTS"] for name in place.names("worker")]
+
+    assert slots == ["1", "1", "2"]
+
+
 def test_a_health_check_asks_its_own_process(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     check = place.health_check(read_services(VARIABLES)["api"], "api-1")
