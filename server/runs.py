@@ -270,18 +270,28 @@ def read_lineage(run_id: str, services: ServicesDep) -> Lineage:
     """Which generation taught which, from how many pseudo-labels, and how good each is with its 95 % interval."""
     with services.database.reading() as session:
         get_run(session, run_id)
-        entries = []
-        for iteration in list_iterations(session, run_id):
-            for generation_id in (iteration.generation_id, iteration.control_generation_id):
-                generation = None if generation_id is None else session.get(Generation, generation_id)
-                if generation is not None:
-                    entries.append(_show_entry(session, iteration, generation))
+        made = [
+            (iteration, generation_id)
+            for iteration in list_iterations(session, run_id)
+            for generation_id in (iteration.generation_id, iteration.control_generation_id)
+        ]
+        ids = [generation_id for _, generation_id in made if generation_id is not None]
+        generations = {row.id: row for row in session.scalars(sa.select(Generation).where(Generation.id.in_(ids)))}
+        set_ids = [row.pseudo_label_set_id for row in generations.values() if row.pseudo_label_set_id is not None]
+        reports = dict(session.execute(sa.select(PseudoLabelSet.id, PseudoLabelSet.report).where(PseudoLabelSet.id.in_(set_ids))).all())
+        aliases: dict[str, list[str]] = {}
+        named = sa.select(Alias.generation_id, Alias.name).where(Alias.generation_id.in_(ids)).order_by(Alias.name)
+        for generation_id, name in session.execute(named):
+            aliases.setdefault(generation_id, []).append(name)
+        entries = [
+            _show_entry(iteration, generation, reports.get(generation.pseudo_label_set_id or "") or {}, aliases.get(generation.id, []))
+            for iteration, generation_id in made
+            if (generation := generations.get(generation_id or "")) is not None
+        ]
         return Lineage(run_id=run_id, generations=entries)
 
 
-def _show_entry(session: Session, iteration: Iteration, generation: Generation) -> LineageEntry:
-    labels = None if generation.pseudo_label_set_id is None else session.get(PseudoLabelSet, generation.pseudo_label_set_id)
-    report = (labels.report if labels is not None else None) or {}
+def _show_entry(iteration: Iteration, generation: Generation, report: dict[str, Any], aliases: list[str]) -> LineageEntry:
     return LineageEntry(
         iteration=iteration.number,
         generation_id=generation.id,
@@ -294,7 +304,7 @@ def _show_entry(session: Session, iteration: Iteration, generation: Generation) 
         num_pseudo_labeled_images=report.get("num_unique"),
         validation=_accuracy(generation.metrics.get("validation")),
         test=_accuracy(generation.metrics.get("test")),
-        aliases=list(session.scalars(sa.select(Alias.name).where(Alias.generation_id == generation.id).order_by(Alias.name))),
+        aliases=aliases,
         created_at=generation.created_at,
     )
 
