@@ -278,7 +278,9 @@ def read_lineage(run_id: str, services: ServicesDep) -> Lineage:
         ids = [generation_id for _, generation_id in made if generation_id is not None]
         generations = {row.id: row for row in session.scalars(sa.select(Generation).where(Generation.id.in_(ids)))}
         set_ids = [row.pseudo_label_set_id for row in generations.values() if row.pseudo_label_set_id is not None]
-        reports = dict(session.execute(sa.select(PseudoLabelSet.id, PseudoLabelSet.report).where(PseudoLabelSet.id.in_(set_ids))).all())
+        reports: dict[str, Any] = dict(
+            session.execute(sa.select(PseudoLabelSet.id, PseudoLabelSet.report).where(PseudoLabelSet.id.in_(set_ids))).all()
+        )
         aliases: dict[str, list[str]] = {}
         named = sa.select(Alias.generation_id, Alias.name).where(Alias.generation_id.in_(ids)).order_by(Alias.name)
         for generation_id, name in session.execute(named):

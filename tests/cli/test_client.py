@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ class CuttingWire:
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.num_cuts = 0
+        self._open: list[socket.socket] = []
 
     def serve(self) -> None:
         while True:
@@ -32,6 +34,7 @@ class CuttingWire:
                 near, _ = self._listener.accept()
             except OSError:
                 return
+            self._open.append(near)
             threading.Thread(target=self._pass_on, args=(near,), daemon=True).start()
 
     def _pass_on(self, near: socket.socket) -> None:
@@ -49,6 +52,9 @@ class CuttingWire:
         # Closing alone does not wake a thread that is in accept.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for near in self._open:
+            with suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
 
 
 def _pump(near: socket.socket, far: socket.socket) -> None:
@@ -60,8 +66,8 @@ def _pump(near: socket.socket, far: socket.socket) -> None:
 
 
 @contextmanager
-def cutting_wire(api: Api, *, cut_after_bytes: int) -> Iterator[CuttingWire]:
-    wire = CuttingWire(api.client.base_url.port, cut_after_bytes=cut_after_bytes)
+def cutting_wire(api: Api, *, cut_after_bytes: int, port: int = 0) -> Iterator[CuttingWire]:
+    wire = CuttingWire(api.client.base_url.port, cut_after_bytes=cut_after_bytes, port=port)
     thread = threading.Thread(target=wire.serve)
     thread.start()
     try:
@@ -152,20 +158,15 @@ def test_a_service_that_answered_before_is_waited_for(api: Api, monkeypatch: pyt
         client = Client(wire.url, None)
         client.get(f"{API}/jobs/{job.id}")
 
-    wires: list[CuttingWire] = []
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(client.get(f"{API}/jobs/{job.id}")), daemon=True)
 
-    def come_back() -> None:
-        wires.append(CuttingWire(api.client.base_url.port, cut_after_bytes=10**6, port=wire.port))
-        wires[0].serve()
+    asking.start()
+    with cutting_wire(api, cut_after_bytes=10**6, port=wire.port):
+        asking.join(10)
+    client.close()
 
-    timer = threading.Timer(0.3, come_back)
-    timer.start()
-
-    found = client.get(f"{API}/jobs/{job.id}")
-
-    wires[0].close()
-    timer.join(10)
-    assert found["id"] == job.id
+    assert [answer["id"] for answer in answers] == [job.id]
 
 
 def test_a_service_that_stays_away_is_given_up_on(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +178,7 @@ def test_a_service_that_stays_away_is_given_up_on(api: Api, monkeypatch: pytest.
 
     with pytest.raises(NotReachable, match="stopped answering"):
         client.get("/livez")
+    client.close()
 
 
 @pytest.mark.parametrize(
