@@ -22,6 +22,8 @@ from tests.e2e.test_whole_loop import write_folders
 pytestmark = pytest.mark.timeout(1500)
 
 MEMBERS = {"postgres", "redis", "storage", "proxy", "api-1", "api-2", "predictor-1", "predictor-2", "worker-1", "worker-2", "worker-3"}
+# An undisturbed demo has 253 events: the kills fall into every kind of step.
+EVENTS_BETWEEN_KILLS = 15
 
 
 class PatientService(Service):
@@ -55,6 +57,10 @@ class RunningFleet:
         pid = self.pids()[name]
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def wait_for_events(self, run_id: str, *, beyond: int) -> None:
+        path = f"/api/v1/runs/{run_id}/events"
+        wait_until(lambda: self.service.get(path, after=beyond, limit=1)["items"], seconds=300, what=f"an event beyond {beyond}")
 
     def wait_for_another(self, name: str, pid: int) -> None:
         wait_until(lambda: self.pids().get(name, pid) != pid, seconds=60, what=f"another process of {name}")
@@ -160,12 +166,13 @@ def test_each_member_killed_in_turn_during_the_demo_changes_nothing_but_time(tmp
 
     with running_fleet(tmp_path, "--environment", "NOISY_STUDENT_LEASE_SECONDS=6") as fleet:
         demo = start_demo(fleet.service, fleet.directory)
-        wait_until(lambda: fleet.service.get("/api/v1/runs")["items"], seconds=120, what="the demo's run")
+        [run] = wait_until(lambda: fleet.service.get("/api/v1/runs")["items"], seconds=120, what="the demo's run")
         during = []
-        for name in sorted(MEMBERS):
+        for place, name in enumerate(sorted(MEMBERS)):
+            fleet.wait_for_events(run["id"], beyond=place * EVENTS_BETWEEN_KILLS)
             pid = fleet.kill(name)
+            during.append((name, fleet.service.get(f"/api/v1/runs/{run['id']}")["status"]))
             fleet.wait_for_another(name, pid)
-            during.append((name, fleet.service.get("/api/v1/runs")["items"][0]["status"]))
         finish_demo(demo, fleet.directory)
         disturbed = outcome_of(fleet.service)
 
