@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     in_s3 = given.storage == "s3"
     further = dict(word.split("=", 1) for word in given.environment)
     place = Loopback(directory, REPLICAS, shares_data=not in_s3, ports={PUBLIC: given.port}, further=further, slots=SLOTS)
+    if not (directory / "postgres-secret").exists():
+        # Of a fleet whose directory was removed: nobody knows its password any more.
+        place.remove_cluster()
     variables = {"POSTGRES_PASSWORD": _keep(directory / "postgres-secret"), "DATASETS": str(place.datasets)}
     if in_s3:
         variables |= {

@@ -90,6 +90,10 @@ class Loopback:
             return self.directory / "postgres"
         return Path("/var/tmp") / f"noisy-student-fleet-{hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]}" / "postgres"  # noqa: S108  its own user's folder, 0700
 
+    def remove_cluster(self) -> None:
+        """Remove PostgreSQL's folder, which may lie outside of the fleet's directory."""
+        shutil.rmtree(self.postgres, ignore_errors=True)
+
     def _environment(self, service: ComposeService, name: str) -> dict[str, str]:
         environment = {key: self._place(value) for key, value in service.environment.items()}
         own = {

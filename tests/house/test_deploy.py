@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.settings import Settings
+from deploy.__main__ import main
 from deploy.compose_file import MissingVariable, fill_in, read_services
+from deploy.fleet import Fleet, FleetFailed
 from deploy.loopback import CONTAINER_PORTS, Loopback
 
 VARIABLES = {"POSTGRES_PASSWORD": "0123abcd", "STORAGE_URL": "s3://noisy-student", "S3_ENDPOINT_URL": "http://storage:9000"}
@@ -52,6 +54,23 @@ def test_a_process_gets_the_containers_environment_with_addresses_of_loopback(tm
     assert (settings.host, settings.port) == ("127.0.0.1", place.port("api-2"))
     assert settings.data_directory == tmp_path / "hosts" / "api-2"
     assert start.command == [sys.executable, "-m", "server"]
+
+
+def test_a_fleets_cluster_does_not_outlive_the_directory_that_knows_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "fleet"
+    place = Loopback(directory, {}, shares_data=False)
+    (place.postgres / "left").mkdir(parents=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploy.__main__.read_services", lambda *_args, **_options: {})
+        patch.setattr(Fleet, "start", lambda _self: (_ for _ in ()).throw(FleetFailed("far enough")))
+        code = main(["--directory", str(directory)])
+
+    assert code == 2
+    assert "far enough" in capsys.readouterr().err
+    assert not place.postgres.exists()
 
 
 def test_one_worker_may_have_more_slots_than_the_others(tmp_path: Path) -> None:
