@@ -10,6 +10,7 @@ import typer
 from cli.client import API
 from cli.invocation import Invocation, get_invocation
 from cli.progress import show_job_progress
+from ml.objects import is_address
 from ml.sources import FORMATS
 
 app = typer.Typer(no_args_is_help=True, help="Images in folders, tar shards, Parquet files or lists: register, split, list.")
@@ -22,10 +23,10 @@ def add(
     *,
     name: Annotated[str, typer.Argument(help="A new name, for example `flowers`.")],
     path: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="A folder of images or of shards, a .tar, .parquet, .csv or .jsonl file, or a pattern like shard-{000..099}.tar; "
-            "below one of the service's dataset roots, on the service's machine."
+            "below one of the service's dataset roots, on the service's machine, or s3://BUCKET/PREFIX of any of these."
         ),
     ],
     kind: Annotated[str, typer.Option(help="labeled or evaluation (with classes), or unlabeled.")],
@@ -40,7 +41,7 @@ def add(
         raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     if source_format not in FORMATS:
         raise typer.BadParameter(f"{source_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
-    source = {"path": str(path if path.is_absolute() else Path.cwd() / path), "format": source_format, "split": split}
+    source = {"path": path if is_address(path) else str(Path.cwd() / path), "format": source_format, "split": split}
     if new_version:
         job = invocation.client.post(f"{API}/datasets/{name}/versions", {"source": source})
     else:

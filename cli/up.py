@@ -25,6 +25,7 @@ from core.db.session import Database
 from core.db.tables import ApiKey
 from core.errors import DataDirectoryRefused, SetupError
 from core.settings import Settings
+from ml.sources import locate
 
 
 def up(
@@ -33,7 +34,8 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the API [default: 8000].", min=1, max=65535)] = None,
     host: Annotated[str | None, typer.Option(help="Address of the API [default: 127.0.0.1].")] = None,
     dataset_root: Annotated[
-        list[Path] | None, typer.Option(help="A folder below which datasets may lie; may be repeated. Added to the data directory's.")
+        list[str] | None,
+        typer.Option(help="A folder or s3://BUCKET/PREFIX below which datasets may lie; may be repeated. Added to the data directory's."),
     ] = None,
 ) -> int:
     """Start everything on this machine: API, worker, housekeeping. Ctrl-C stops it, and nothing is lost."""
@@ -59,7 +61,7 @@ def migrate(context: typer.Context) -> None:
     invocation.output.result({"revision": revision}, f"the database has schema {revision}")
 
 
-def _put_into_environment(*, port: int | None, host: str | None, dataset_roots: list[Path] | None) -> None:
+def _put_into_environment(*, port: int | None, host: str | None, dataset_roots: list[str] | None) -> None:
     given: dict[str, str] = {}
     if port is not None:
         given["PORT"] = str(port)
@@ -67,7 +69,7 @@ def _put_into_environment(*, port: int | None, host: str | None, dataset_roots: 
         given["HOST"] = host
     if dataset_roots:
         before = os.environ.get("NOISY_STUDENT_DATASET_ROOTS")
-        given["DATASET_ROOTS"] = ":".join([*([before] if before else []), *(str(root.resolve()) for root in dataset_roots)])
+        given["DATASET_ROOTS"] = ":".join([*([before] if before else []), *(locate(root) for root in dataset_roots)])
     os.environ.update({f"NOISY_STUDENT_{name}": value for name, value in given.items()})
 
 

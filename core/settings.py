@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from core.errors import SetupError
 
 PREFIX = "NOISY_STUDENT_"
+S3 = "s3://"
+"""How an address of objects begins."""
 
 
 class SecretFiles(PydanticBaseSettingsSource):
@@ -55,8 +58,16 @@ class Settings(BaseSettings):
     """Room for this host's copies of files from the bucket. Those that were used within the last hour stay even beyond it."""
     redis_url: str | None = None
     """`redis://…` of the Celery broker; None is the embedded service, whose worker polls the database."""
-    dataset_roots: Annotated[tuple[Path, ...], NoDecode] = ()
-    """Folders below which datasets may lie, separated by `:`; the data directory's `datasets` folder always counts."""
+    dataset_roots: Annotated[tuple[Path | str, ...], NoDecode] = ()
+    """Folders and `s3://BUCKET/PREFIX` below which datasets may lie, separated by `:`; the data directory's `datasets` always counts."""
+    dataset_s3_endpoint_url: str | None = None
+    """Store of the datasets in S3; None is that of `s3_endpoint_url`."""
+    dataset_s3_region: str | None = None
+    """Its region; None is `s3_region`."""
+    dataset_s3_access_key_id: str | None = None
+    """Key that may list and read the datasets' buckets. Attempts are given it; None gives those that need it what botocore finds here."""
+    dataset_s3_secret_access_key: str | None = None
+    """The key's secret."""
     host: str = "127.0.0.1"
     """Address the API listens on."""
     port: int = 8000
@@ -123,7 +134,11 @@ class Settings(BaseSettings):
     @field_validator("dataset_roots", mode="before")
     @classmethod
     def _split_roots(cls, value: object) -> object:
-        return tuple(Path(part) for part in value.split(":") if part) if isinstance(value, str) else value
+        # The colon of an address has two slashes behind it.
+        parts = re.split(r":(?!//)", value) if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return parts
+        return tuple(part if str(part).startswith(S3) else Path(part) for part in parts if part)
 
     @field_validator("capabilities", mode="before")
     @classmethod
@@ -151,7 +166,23 @@ class Settings(BaseSettings):
     @property
     def roots(self) -> tuple[Path, ...]:
         """Every folder below which a dataset may lie, resolved."""
-        return tuple(path.resolve() for path in (*self.dataset_roots, self.data_directory / "datasets"))
+        return tuple(path.resolve() for path in (*self.dataset_roots, self.data_directory / "datasets") if isinstance(path, Path))
+
+    @property
+    def bucket_roots(self) -> tuple[str, ...]:
+        """Every `s3://BUCKET/PREFIX` below which a dataset may lie."""
+        return tuple(root.rstrip("/") for root in self.dataset_roots if isinstance(root, str))
+
+    @property
+    def dataset_access(self) -> dict[str, str]:
+        """How datasets in S3 are read, as the variables that botocore knows, as far as the settings say."""
+        named = {
+            "AWS_ENDPOINT_URL_S3": self.dataset_s3_endpoint_url or self.s3_endpoint_url,
+            "AWS_DEFAULT_REGION": self.dataset_s3_region or self.s3_region,
+            "AWS_ACCESS_KEY_ID": self.dataset_s3_access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.dataset_s3_secret_access_key,
+        }
+        return {name: value for name, value in named.items() if value}
 
     @property
     def objects_directory(self) -> Path:

@@ -1,6 +1,6 @@
 """`python -m ml`: the method without the service. `python -m ml run --help` tells the rest.
 
-Images come from folders, tar shards, Parquet files or lists (`ml.sources`).
+Images come from folders, tar shards, Parquet files or lists (`ml.sources`), on this machine or in S3 (`s3://BUCKET/PREFIX`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from ml.config import LabelingConfig, Recipe, RuntimeConfig, SelectionConfig
 from ml.errors import Interrupted, MlError, RecipeError
 from ml.events import Event
+from ml.objects import is_address
 from ml.recipes import PRESETS, build_recipe
 from ml.validation import from_json, load_json
 
@@ -77,6 +78,11 @@ class _Reporter:
         self._dirty = not keep
 
 
+def _place(text: str) -> Path | str:
+    """Of images; an address must not become a path, which has no two slashes."""
+    return text if is_address(text) else Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ml", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print events and results as JSON lines")
@@ -84,22 +90,22 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verbs.add_parser("run", help="the whole loop: images in, generations out; the same command goes on after a kill")
     for name, needed in (("labeled", True), ("unlabeled", True), ("test", False), ("validation", False)):
-        run.add_argument(f"--{name}", type=Path, required=needed)
+        run.add_argument(f"--{name}", type=_place, required=needed)
     run.add_argument("--out", type=Path, required=True)
     _recipe_options(run)
     run.set_defaults(verb=_run)
 
     train = verbs.add_parser("train", help="one teacher on labeled images alone")
-    train.add_argument("--labeled", type=Path, required=True)
-    train.add_argument("--test", type=Path)
-    train.add_argument("--validation", type=Path)
+    train.add_argument("--labeled", type=_place, required=True)
+    train.add_argument("--test", type=_place)
+    train.add_argument("--validation", type=_place)
     train.add_argument("--out", type=Path, required=True)
     _recipe_options(train)
     train.set_defaults(verb=_train)
 
     label = verbs.add_parser("label", help="an exported generation's guesses for unlabeled images, without noise")
     label.add_argument("generation", type=Path)
-    label.add_argument("--unlabeled", type=Path, required=True)
+    label.add_argument("--unlabeled", type=_place, required=True)
     label.add_argument("--out", type=Path, required=True, help="folder of label shards")
     label.add_argument("--labeling", default="{}", help="LabelingConfig as JSON")
     label.add_argument("--runtime", default="{}", help="RuntimeConfig as JSON")
@@ -110,12 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     select.add_argument("--selection", default="{}", help="SelectionConfig as JSON")
     select.add_argument("--seed", type=int, default=0)
-    select.add_argument("--evaluation", type=Path, action="append", default=[], help="labeled images that must not be selected")
+    select.add_argument("--evaluation", type=_place, action="append", default=[], help="labeled images that must not be selected")
     select.set_defaults(verb=_select)
 
     evaluate = verbs.add_parser("evaluate", help="measure an exported generation on labeled images")
     evaluate.add_argument("generation", type=Path)
-    evaluate.add_argument("--images", type=Path, required=True)
+    evaluate.add_argument("--images", type=_place, required=True)
     evaluate.add_argument("--predictions", type=Path, help="Parquet file to write")
     evaluate.add_argument("--runtime", default="{}", help="RuntimeConfig as JSON")
     evaluate.set_defaults(verb=_evaluate)
@@ -245,7 +251,7 @@ def _evaluate(options: argparse.Namespace, reporter: _Reporter, should_stop: Any
     from ml.tasks import EvaluationTask
 
     manifest, _ = scan(options.images, kind="evaluation", on_event=reporter, should_stop=should_stop)
-    path = options.generation.parent / f".{options.images.name}.manifest"
+    path = options.generation.parent / f".{str(options.images).rpartition('/')[2]}.manifest"
     manifest.write(path)
     runtime = resolve_runtime(from_json(RuntimeConfig, options.runtime))
     task = EvaluationTask(generation=str(options.generation), manifest=str(path), runtime=runtime)

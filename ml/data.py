@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
 from ml.cores import num_cores
-from ml.errors import BadImage, DataError, LoaderLost
+from ml.errors import BadImage, DataError, LoaderLost, MlError
 from ml.manifest import Manifest
 from ml.selection import SelectedLabels
 from ml.views import TICKETS, Broken, ImageStream, Source, Steps, StrongViews, Targets, claimed_rows, work
@@ -219,6 +219,8 @@ class _Worker:
             raise LoaderLost(f"a loader worker died with exit code {self._process.exitcode}") from error
         if isinstance(message, Broken):
             raise BadImage(message.message, status=message.status, path=message.path)
+        if isinstance(message, MlError):
+            raise message
         slot, self._turn = self._turn % len(self._slots), self._turn + 1
         return slot, message
 

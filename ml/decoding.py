@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from ml.errors import BadImage
 from ml.locations import Location
-from ml.pixels import Preprocessing, read_image, weak_view
+from ml.pixels import Preprocessing, decode, weak_view
+from ml.read_ahead import read_many, take
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -47,9 +48,9 @@ class Views(NamedTuple):
 def weak_views(locations: Sequence[Location], preprocessing: Preprocessing) -> Views:
     """Read, decode and resize these images, here and now."""
     images, statuses = [], []
-    for location in locations:
+    for data in read_many(locations):
         try:
-            images.append(weak_view(read_image(location), preprocessing))
+            images.append(weak_view(decode(take(data)), preprocessing))
             statuses.append("ok")
         except BadImage as error:
             statuses.append(error.status)

@@ -8,6 +8,7 @@ MlError
 │   ├── BadImage           one file cannot be used as an image (`status` says why)
 │   ├── ClassMismatch      two sources name different classes
 │   ├── Leakage            an evaluation image also sits in labeled or unlabeled
+│   ├── StoreRefused       a store of objects refuses: credentials, bucket, region
 │   └── TooFewLabels       a class, a batch or a split has fewer labeled images than it needs
 ├── SelectionError         selection cannot give the student anything useful
 │   ├── NothingSelected    no image, or no image of some class, survives; carries the histogram
@@ -18,6 +19,7 @@ MlError
 ├── OutOfMemory            the device has not enough memory for the micro-batch
 ├── DiskFull               storage is full; nothing half-written stays
 ├── LoaderLost             a process that made images was killed from outside
+├── StoreAway              a store of objects does not answer, or is too busy
 └── Interrupted            `should_stop()` said so; a checkpoint was written
 """
 
@@ -70,6 +72,10 @@ class Leakage(DataError):
     """An evaluation image also sits in labeled or unlabeled data; `details["keys"]` lists them."""
 
 
+class StoreRefused(DataError):
+    """The store in which the images lie refuses: wrong credentials, no such bucket, another region."""
+
+
 class TooFewLabels(DataError):
     """A class, a batch or a split has fewer labeled images than it needs."""
 
@@ -108,6 +114,10 @@ class DiskFull(MlError):
 
 class LoaderLost(MlError):
     """A process that made images was killed from outside; the training goes on from its checkpoint when it is started again."""
+
+
+class StoreAway(MlError):
+    """The store in which the images lie does not answer, or is too busy, after a few tries; later it may."""
 
 
 class Interrupted(MlError):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +23,10 @@ from ml.locations import read_bytes
 from ml.manifest import Kind, Manifest, Share, split
 from ml.manifest_files import Row, RowFile, write_manifest
 from ml.pixels import decode, perceptual_hash, pixel_digest
+from ml.read_ahead import read_many, take
 from ml.reports import Counts, build_report
 from ml.sources import Format, Source, open_source
-from ml.sources.listing import EXAMPLES, Entry, Fingerprints, Notes
+from ml.sources.listing import EXAMPLES, Entry, Fingerprints, ListedOnce, Notes
 
 PART_KINDS: dict[str, Kind] = {"test": "evaluation", "validation": "evaluation", "labeled": "labeled", "unlabeled": "unlabeled"}
 
@@ -64,16 +67,18 @@ def ingest(
     """
     source = open_source(path, source_format=source_format, split=split)
     on_event(Event(kind="stage", data={"stage": "ingesting"}))
-    total, notes = _list(source, kind, on_event, should_stop)
     counts = Counts()
     with TemporaryDirectory(dir=manifest.parent, prefix=".ingest-") as folder:
+        if source.root.is_remote:
+            source = ListedOnce(source, Path(folder) / "entries")
+        total, notes = _list(source, kind, on_event, should_stop)
         with RowFile(Path(folder) / "rows.parquet") as rows:
             for entry, row in _inspect_all(source, kind, total, on_event, should_stop):
                 rows.add(row)
                 counts.add(entry.key, entry.class_name, row[_STATUS])
         _refuse_unusable(source, path, kind, counts, notes)
         class_names = tuple(sorted(counts.classes))
-        write_manifest(rows, manifest, root=source.root, kind=kind, class_names=class_names)
+        write_manifest(rows, manifest, root=str(source.root), kind=kind, class_names=class_names)
     report = build_report(manifest, kind=kind, counts=counts, notes=notes)
     return Ingested(num_images=counts.num_rows, num_usable=counts.statuses["ok"], class_names=class_names, report=report)
 
@@ -134,22 +139,36 @@ def _inspect_all(source: Source, kind: Kind, total: int, on_event: OnEvent, shou
         while chunk := list(islice(entries, _CHUNK)):
             if should_stop():
                 raise Interrupted(f"stopped after {done} of {total} files")
-            yield from zip(chunk, pool.map(lambda entry: _inspect(entry, root), chunk), strict=True)
+            yield from zip(chunk, _inspect_chunk(chunk, root, source.root.is_remote, pool), strict=True)
             done += len(chunk)
             rate = round(done / max(time.monotonic() - started, 1e-6), 1)
             on_event(Event(kind="progress", data={"done": done, "total": total, "unit": "files", "images_per_second": rate}))
+
+
+def _inspect_chunk(chunk: list[Entry], root: str, is_remote: bool, pool: ThreadPoolExecutor) -> Iterator[Row]:
+    if not is_remote:
+        yield from pool.map(lambda entry: _inspect(entry, lambda: read_bytes(entry.location(root))), chunk)
+        return
+    waiting: deque[Future[Row]] = deque()
+    for entry, outcome in zip(chunk, read_many(entry.location(root) for entry in chunk), strict=True):
+        waiting.append(pool.submit(_inspect, entry, partial(take, outcome)))
+        if len(waiting) > 2 * _THREADS:
+            # What was read and waits for a decoder must not grow.
+            yield waiting.popleft().result()
+    for row in waiting:
+        yield row.result()
 
 
 _STATUS = 5
 """Where in a row its status stands."""
 
 
-def _inspect(entry: Entry, root: str) -> Row:
+def _inspect(entry: Entry, read: Callable[[], bytes]) -> Row:
     """The row of one image, in the order of the manifest's columns."""
     digest, num_bytes = "", entry.length or 0
     place = entry.container, entry.offset
     try:
-        data = read_bytes(entry.location(root))
+        data = read()
         digest, num_bytes = hashlib.sha256(data).hexdigest(), len(data)
         image = decode(data)
     except BadImage as error:

@@ -1,6 +1,7 @@
 """Where an image's bytes lie, and the one place that reads them: a file, a stretch of a tar file, a row of a Parquet file.
 
-Neither numpy nor torch. Containers stay open between two images; one that was replaced meanwhile is opened anew.
+Each on this machine or in S3 (`s3://…`). Neither numpy nor torch. Containers stay open between two images; one that was replaced
+meanwhile is opened anew.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from ml import objects
 from ml.errors import BadImage, DataError
 from ml.image_columns import find_columns
+from ml.object_errors import TooLarge
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 PARQUET = ".parquet"
@@ -43,12 +46,17 @@ class Location(NamedTuple):
     length: int | None = None
     """Bytes that must come of it; None where that is not known yet."""
     digest: str | None = None
-    """SHA-256 of a part of a container, hex: another image of the same length must not pass for it."""
+    """SHA-256, hex, of what must come of it; None for a file of its own on this machine, whose length must do."""
 
     def __str__(self) -> str:
         if self.offset is None:
             return self.path
         return f"{self.path}, {'row' if self.path.endswith(PARQUET) else 'byte'} {self.offset}"
+
+    @property
+    def is_remote(self) -> bool:
+        """In S3."""
+        return objects.is_address(self.path)
 
 
 def read_bytes(place: Location | str | Path) -> bytes:
@@ -66,19 +74,32 @@ def read_bytes(place: Location | str | Path) -> bytes:
         if error.errno not in _GONE:
             raise
         raise BadImage(f"{location} cannot be read: {error.strerror}", status="missing", path=str(location)) from error
+    return check(location, data)
+
+
+def check(location: Location, data: bytes) -> bytes:
+    """The same bytes; BadImage says `changed` when they are not what the manifest was made of."""
     if location.length is not None and len(data) != location.length:
         raise BadImage(f"{location} has {len(data)} bytes, it had {location.length}", status="changed", path=str(location))
-    if location.offset is not None and location.digest and hashlib.sha256(data).hexdigest() != location.digest:
+    if location.digest and hashlib.sha256(data).hexdigest() != location.digest:
         raise BadImage(f"{location} holds something else than when it was listed", status="changed", path=str(location))
     return data
 
 
 def _read(location: Location) -> bytes:
-    if location.offset is None:
-        return _read_file(location)
-    if location.path.endswith(PARQUET):
+    if location.offset is not None and location.path.endswith(PARQUET):
         return _read_row(location, location.offset)
-    return _read_stretch(location, location.offset)
+    if location.is_remote:
+        return _read_object(location)
+    return _read_file(location) if location.offset is None else _read_stretch(location, location.offset)
+
+
+def _read_object(location: Location) -> bytes:
+    try:
+        length = None if location.offset is None else location.length
+        return objects.read(location.path, start=location.offset or 0, length=length, most=MAX_FILE_BYTES)
+    except TooLarge as error:
+        raise _too_large(location, error.num_bytes) from error
 
 
 def _too_large(location: Location, size: int) -> BadImage:
@@ -107,6 +128,7 @@ def _read_file(location: Location) -> bytes:
 
 
 _Stamp = tuple[int, int, int, int]
+_IN_STORE: _Stamp = (0, 0, 0, 0)
 
 
 def _stamp(facts: os.stat_result) -> _Stamp:
@@ -124,7 +146,8 @@ class _Kept(Generic[_Opened]):
 
     def get(self, path: str) -> _Opened:
         """OSError when it cannot be opened."""
-        found = _stamp(os.stat(path))
+        # Asking a store each time would cost as much as reading.
+        found = _IN_STORE if objects.is_address(path) else _stamp(os.stat(path))
         with self._lock:
             stamp, opened = self._opened.get(path, (None, None))
             if opened is None or stamp != found:
@@ -135,6 +158,11 @@ class _Kept(Generic[_Opened]):
                 # Whoever still reads from it holds it open.
                 self._opened.popitem(last=False)
             return opened
+
+    def forget(self, path: str) -> None:
+        """Open it anew when it is needed again."""
+        with self._lock:
+            self._opened.pop(path, None)
 
 
 class _Stretches:
@@ -164,7 +192,9 @@ class _Rows:
     def __init__(self, path: str) -> None:
         import pyarrow.parquet as pq
 
-        self.file = pq.ParquetFile(path)
+        source = objects.ObjectFile(path) if objects.is_address(path) else None
+        self.etag: str | None = None if source is None else source.etag
+        self.file = pq.ParquetFile(path if source is None else source)
         self.columns = find_columns(self.file.schema_arrow, of=path)
         metadata = self.file.metadata
         self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
@@ -197,6 +227,17 @@ class _RowGroups:
         value: bytes | None = images[row - (rows.ends[group - 1] if group else 0)].as_py()
         return value
 
+    def forget(self, path: str) -> None:
+        self._files.forget(path)
+
+    def forget_replaced(self, path: str) -> bool:
+        """Whether the object is another one than when it was opened; then it is opened anew."""
+        with self._lock:
+            is_replaced: bool = self._files.get(path).etag != objects.ObjectFile(path).etag
+            if is_replaced:
+                self._files.forget(path)
+        return is_replaced
+
     def _group(self, rows: _Rows, group: int) -> Any:
         place = (id(rows), group)
         if place not in self._groups:
@@ -214,7 +255,24 @@ class _RowGroups:
 _row_groups = _RowGroups()
 
 
+def forget(path: str) -> None:
+    """Open this Parquet file anew when it is read next; one in S3 may have been replaced, which is not asked for every image."""
+    _row_groups.forget(path)
+
+
 def _read_row(location: Location, row: int) -> bytes:
+    if location.digest is None or not location.is_remote:
+        return _decode_row(location, row)
+    try:
+        return check(location, _decode_row(location, row))
+    except (BadImage, OSError):
+        # Perhaps the object was replaced since it was opened, by one that holds this image where the manifest says.
+        if not _row_groups.forget_replaced(location.path):
+            raise
+        return _decode_row(location, row)
+
+
+def _decode_row(location: Location, row: int) -> bytes:
     import pyarrow as pa
 
     try:

@@ -28,28 +28,29 @@ from ml.ingestion import find_leakage, scan
 from ml.manifest import Kind, Manifest, split_validation
 from ml.schedules import check_batches
 from ml.self_training import GenerationRecord, IterationPlan, Stop, next_iteration
+from ml.sources import locate
 from ml.tasks import LabelingTask, SelectionTask, TrainingTask
 from ml.validation import to_dict, to_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folders:
-    """Where a local run finds its images and leaves its results."""
+    """Where a local run finds its images, here or in S3, and leaves its results."""
 
-    labeled: Path
+    labeled: Path | str
     """One folder per class."""
-    unlabeled: Path
+    unlabeled: Path | str
     """Flat or nested."""
     output: Path
-    test: Path | None = None
+    test: Path | str | None = None
     """One folder per class; only reported."""
-    validation: Path | None = None
+    validation: Path | str | None = None
     """One folder per class; None cuts it from the labeled images."""
 
     def inputs(self) -> dict[str, str | None]:
         """The folders that are read, resolved."""
         named = {"labeled": self.labeled, "unlabeled": self.unlabeled, "test": self.test, "validation": self.validation}
-        return {name: None if path is None else str(path.resolve()) for name, path in named.items()}
+        return {name: None if path is None else locate(path) for name, path in named.items()}
 
 
 class LocalRun:

@@ -1,6 +1,6 @@
 """Manifests: which images a dataset version holds, one row per file, in Parquet.
 
-A manifest never changes. Rows are sorted by `key`, a POSIX path. Images stay where they are, below `root`.
+A manifest never changes. Rows are sorted by `key`, a POSIX path. Images stay where they are, below `root`, a folder or `s3://…`.
 
     key              str         unique
     digest           str         SHA-256 of the file, hex; empty when the file could not be read
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ml.errors import ClassMismatch, DataError, TooFewLabels
 from ml.files import written_aside
 from ml.locations import Location
+from ml.objects import is_address
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,13 +149,14 @@ class Manifest:
     def locations(self) -> list[Location]:
         """Where every row's bytes lie."""
         # A Path object each costs 3 µs, a thirtieth of decoding a small image.
-        root = str(Path(self.root).absolute())
+        is_remote = is_address(self.root)
+        root = self.root if is_remote else str(Path(self.root).absolute())
         lengths = self.column("bytes")
-        if self.table.column("container").null_count == len(self):
+        if not is_remote and self.table.column("container").null_count == len(self):
             return [Location(os.path.join(root, key), None, length) for key, length in zip(self.column("key"), lengths, strict=True)]
         columns = (self.column(name) for name in ("key", "container", "offset", "digest"))
         return [
-            Location(os.path.join(root, container or key), offset, length, None if offset is None else digest)
+            Location(os.path.join(root, container or key), offset, length, digest if is_remote or offset is not None else None)
             for key, container, offset, digest, length in zip(*columns, lengths, strict=True)
         ]
 

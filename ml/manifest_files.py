@@ -68,7 +68,7 @@ class RowFile:
         self._writer.close()
 
 
-def write_manifest(rows: RowFile, path: Path, *, root: Path, kind: Kind, class_names: Sequence[str]) -> None:
+def write_manifest(rows: RowFile, path: Path, *, root: str | Path, kind: Kind, class_names: Sequence[str]) -> None:
     """Put the rows of a complete file in order: a manifest at `path`, whole or not at all."""
     schema = manifests.schema().with_metadata(manifests.metadata_of(root, kind, class_names))
     with written_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:

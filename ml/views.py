@@ -19,9 +19,10 @@ from PIL import Image
 
 from ml.config import ImageConfig, NoiseConfig
 from ml.determinism import ReusedGenerator, permutation
-from ml.errors import BadImage, DataError
+from ml.errors import BadImage, DataError, StoreAway, StoreRefused
 from ml.locations import Location
-from ml.pixels import read_image, weak_image
+from ml.pixels import decode, read_image, weak_image
+from ml.read_ahead import Outcome, read_many, take
 from ml.selection import SelectedLabels
 from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
 
@@ -74,6 +75,8 @@ class StrongViews:
     filled: Any = None
     _made: list[int] = field(default_factory=list)
     """Squares in the cache that nobody has been told of yet."""
+    _ahead: Iterator[tuple[int, Outcome]] = field(default=iter(()), repr=False)
+    """What is being read of a store for the step, in its order."""
 
     def strong(self, index: int, generator: np.random.Generator) -> Bytes:
         """HWC; BadImage, naming the file, when it has vanished or changed."""
@@ -94,11 +97,22 @@ class StrongViews:
             np.frombuffer(self.filled, np.uint8)[self._made] = 1
             self._made.clear()
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """These images will be wanted, in this order; those in S3 are asked for before."""
+        if not self.locations or not self.locations[0].is_remote:
+            return
+        wanted = [index for index in indices if self.cache is None or not self.filled[index]]
+        self._ahead = zip(wanted, read_many([self.locations[index] for index in wanted]), strict=True)
+
     def _square(self, index: int) -> Bytes:
         return np.asarray(weak_image(self._read(index), training_preprocessing(self.config)))
 
     def _read(self, index: int) -> Image.Image:
         try:
+            # One that stands twice in a step may be cached by now: its second copy is passed over.
+            for number, outcome in self._ahead:
+                if number == index:
+                    return decode(take(outcome))
             return read_image(self.locations[index])
         except BadImage as error:
             place = str(self.locations[index])
@@ -151,9 +165,11 @@ class Steps:
             # Made where it is used: it cannot travel to a worker.
             self._generators = ReusedGenerator()
         sources = [self.labeled] if self.unlabeled is None else [self.labeled, self.unlabeled]
+        views = [(source, place) for source in sources for place in source.places(step)]
         for source in sources:
             source.views.tell_of_made()
-        views = [(source, place) for source in sources for place in source.places(step)]
+            if rows is None:
+                source.views.read_ahead([image for of, (image, _, _) in views if of is source])
         for row in range(len(views)) if rows is None else rows:
             source, (index, epoch, number) = views[row]
             stream = source.stream
@@ -207,6 +223,9 @@ def work(steps: Steps, numbers: Sequence[int], slots: list[Any], line: Connectio
                 line.send(steps.targets(step) if tickets is None else None)
             except BadImage as error:
                 line.send(Broken(error.details["path"], error.status, str(error)))
+                return
+            except (StoreAway, StoreRefused) as error:
+                line.send(error)
                 return
     except (EOFError, ConnectionError):
         return

@@ -18,7 +18,8 @@ from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import FolderRefused, InvalidRequest, NotReady
 from ml.errors import DataError, MlError
 from ml.manifest import check_shares_fit
-from ml.sources import Format, format_of_file
+from ml.objects import is_address
+from ml.sources import Format, format_of_file, locate
 from server.dependencies import Services, ServicesDep, make_router
 from server.idempotency import OnceDep
 from server.job_views import JobView, accepted_job
@@ -50,6 +51,7 @@ class SourceOfImages(BaseModel):
                 {"path": "/data/flowers/shard-{000..099}.tar"},
                 {"path": "/data/flowers/hub/data", "format": "parquet", "split": "train"},
                 {"path": "/data/flowers/images.csv"},
+                {"path": "s3://flowers/unlabeled"},
             ]
         }
     }
@@ -57,8 +59,9 @@ class SourceOfImages(BaseModel):
     folder: SourcePath | None = None
     """Absolute path on the server, below one of the configured roots. Labeled and evaluation: one folder per class."""
     path: SourcePath | None = None
-    """Likewise, of a folder of images, of a `.tar`, `.parquet`, `.csv` or `.jsonl` file, of a folder of tar or Parquet shards, or a
-    pattern of shards. Labeled and evaluation: by a folder per class in the keys, `.cls` members, a `label` or a `class` column."""
+    """Likewise, or `s3://BUCKET/PREFIX` below a configured one: of a folder of images, of a `.tar`, `.parquet`, `.csv` or `.jsonl` file, of
+    a folder of tar or Parquet shards, or a pattern of shards. Labeled and evaluation: by a folder per class in the keys, `.cls` members,
+    a `label` or a `class` column."""
     format: Format = "auto"
     """What lies at `path`; `auto` goes by the ending, and takes a folder that holds nothing but shards for those."""
     split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
@@ -205,6 +208,9 @@ def _check_source(source: SourceOfImages, services: Services) -> dict[str, Any]:
     try:
         if source.path is None:
             return {"folder": str(rows.check_folder(str(source.folder), roots))}
+        if is_address(source.path):
+            address = rows.check_address(locate(source.path), services.settings.bucket_roots)
+            return {"path": address, "format": source.format, "split": source.split}
         path = rows.check_source(source.path, roots)
         if source.format == "auto" and path.is_file():
             format_of_file(path)

@@ -12,6 +12,7 @@ from core.db.api_keys import get_shared_secret
 from core.db.session import Database
 from core.settings import Settings
 from core.storage import Storage, make_storage
+from ml import objects
 from server.auth import KeyRing, Principal
 from server.metrics import Metrics
 from server.pages import Cursors
@@ -22,6 +23,18 @@ from server.strict_json import StrictRoute
 API = "/api/v1"
 
 
+def _read_access(settings: Settings) -> objects.Access:
+    named = settings.dataset_access
+    return objects.Access(
+        endpoint_url=named.get("AWS_ENDPOINT_URL_S3"),
+        region=named.get("AWS_DEFAULT_REGION"),
+        access_key_id=named.get("AWS_ACCESS_KEY_ID"),
+        secret_access_key=named.get("AWS_SECRET_ACCESS_KEY"),
+        attempts=2,
+        read_timeout_seconds=10,
+    )
+
+
 class Services:
     """Everything that one app opened; lives as long as the app."""
 
@@ -29,6 +42,8 @@ class Services:
         self.settings = settings
         self.database = Database(settings.resolved_database_url)
         self.storage: Storage = make_storage(settings)
+        # For the images that people look at; somebody waits for them.
+        objects.use(_read_access(settings))
         self.keys = KeyRing(self.database)
         self.metrics = Metrics(of_rows=not predictor_only)
         self.progress = ProgressHub(self.database)

@@ -61,6 +61,7 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     ml_errors.BadImage: (422, "bad_image"),
     ml_errors.ClassMismatch: (422, "class_mismatch"),
     ml_errors.Leakage: (422, "leakage"),
+    ml_errors.StoreRefused: (503, "store_refused"),
     ml_errors.TooFewLabels: (422, "too_few_labels"),
     ml_errors.SelectionError: (422, "selection_failed"),
     ml_errors.NothingSelected: (422, "nothing_selected"),
@@ -72,6 +73,7 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     ml_errors.OutOfMemory: (503, "out_of_memory"),
     ml_errors.DiskFull: (507, "storage_full"),
     ml_errors.LoaderLost: (500, "loader_lost"),
+    ml_errors.StoreAway: (503, "store_away"),
     ml_errors.Interrupted: (503, "interrupted"),
 }
 """Status and code of each error class; a class that is missing here would be answered as its parent."""

@@ -10,6 +10,7 @@ from core.errors import Conflict, NotFound
 from ml.errors import BadImage
 from ml.locations import Location, read_bytes
 from ml.manifest import read_facts
+from ml.objects import is_address
 
 _TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"BM", "image/bmp"))
 
@@ -17,17 +18,24 @@ _TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), 
 def read_pool_image(manifest: Path, key: str) -> tuple[bytes, str]:
     """The image's bytes and their media type; NotFound without such a key, Conflict when it changed since its version was read."""
     row, root = _find_row(manifest, key)
-    path = (Path(root) / (row.get("container") or key)).resolve()
-    if Path(root).resolve() not in path.parents:
-        raise NotFound(f"the image {key!r} lies outside of its dataset's folder")
+    path = _path_below(root, row.get("container") or key, key)
     offset = row.get("offset")
     try:
-        data = read_bytes(Location(str(path), offset, None if offset is None else row["bytes"]))
+        data = read_bytes(Location(path, offset, None if offset is None else row["bytes"]))
     except (BadImage, OSError) as error:
         raise Conflict(f"the image {key!r} cannot be read any more: {error}", key=key) from error
     if hashlib.sha256(data).hexdigest() != row["digest"]:
         raise Conflict(f"the image {key!r} was changed since its dataset version was read; add a new version", key=key)
     return data, _media_type(data) if row["status"] == "ok" else "application/octet-stream"
+
+
+def _path_below(root: str, name: str, key: str) -> str:
+    if is_address(root):
+        return f"{root}/{name}"
+    path = (Path(root) / name).resolve()
+    if Path(root).resolve() not in path.parents:
+        raise NotFound(f"the image {key!r} lies outside of its dataset's folder")
+    return str(path)
 
 
 def _find_row(manifest: Path, key: str) -> tuple[dict[str, Any], str]:

@@ -46,6 +46,7 @@ FAILURES: dict[type[BaseException], tuple[str, str]] = {
     errors.BadImage: ("permanent", "data.bad_image"),
     errors.ClassMismatch: ("permanent", "data.class_mismatch"),
     errors.Leakage: ("permanent", "data.leakage"),
+    errors.StoreRefused: ("permanent", "data.store_refused"),
     errors.TooFewLabels: ("permanent", "data.too_few_labels"),
     errors.DataError: ("permanent", "data.invalid"),
     errors.NothingSelected: ("permanent", "selection.nothing_selected"),
@@ -58,6 +59,7 @@ FAILURES: dict[type[BaseException], tuple[str, str]] = {
     MemoryError: ("resource", "memory.exhausted"),
     errors.DiskFull: ("retryable", "storage.full"),
     errors.LoaderLost: ("retryable", "loader.lost"),
+    errors.StoreAway: ("retryable", "storage.unavailable"),
     errors.MlError: ("permanent", "ml.refused"),
 }
 """Class and code of what ml raises; the first that fits counts, so the special stand before the general."""

@@ -9,22 +9,53 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from core.logs import get_log
+from core.settings import Settings
+
+_NO_SECRETS = (
+    "AWS_CA_BUNDLE",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_USE_DUALSTACK_ENDPOINT",
+    "AWS_USE_FIPS_ENDPOINT",
+)
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_EC2_METADATA_DISABLED",
+    "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+    "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE",
+)
+"""What botocore's chain reads, beside the endpoint; nothing else that begins with AWS_ reaches an attempt."""
 
 
 class Child:
     """One process of `workers.attempt`, in a process group of its own, dying with the thread that started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Mapping[str, str]) -> None:
+        """`access`: variables that let it read its images in S3; empty when they lie elsewhere."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "workers.attempt", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env=_environment(),
+            env={**_environment(), **access},
         )
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._gone = self._killed = False
@@ -95,3 +126,11 @@ class Child:
 def _environment() -> dict[str, str]:
     """The worker's own, without its settings: database, broker, bucket and keys stay outside of the process that opens people's files."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("NOISY_STUDENT_", "CELERY_", "PG", "AWS_"))}
+
+
+def find_access(settings: Settings) -> dict[str, str]:
+    """The variables with which botocore reads datasets in S3: the settings' own key, else what it finds in this process's environment."""
+    named = settings.dataset_access
+    if "AWS_ACCESS_KEY_ID" in named:
+        return named | {name: value for name, value in os.environ.items() if name in _NO_SECRETS and name not in named}
+    return {name: value for name, value in os.environ.items() if name in (*_NO_SECRETS, *_CREDENTIALS)} | named

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from core.db.datasets import get_version
+from core.db.datasets import get_version, origin_of
 from core.db.files import list_files
 from core.db.generations import get_generation
 from core.db.jobs import has_halved
@@ -23,12 +23,13 @@ from core.db.runs import get_run
 from core.db.session import Database
 from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run, StoredFile
 from core.errors import NotFound, NotReady
-from core.settings import Settings
+from core.settings import S3, Settings
 from core.storage import Storage, materialize
 from core.version import VERSION
 from ml.config import RuntimeConfig
 from ml.validation import to_dict
 from workers.checkpoints import restore_checkpoint
+from workers.child import find_access
 
 _NOT_SELECTION = ("evaluation_version_ids", "keep_keys_of_set_id")
 """What the set's row keeps beside the SelectionConfig."""
@@ -62,6 +63,14 @@ class Inputs:
     def directory(self, job_id: str) -> Path:
         """The job's own folder on this host; an attempt finds there what the one before left."""
         return self._settings.attempts_directory.resolve() / job_id
+
+    def access(self, job: Job) -> dict[str, str]:
+        """Variables for the attempt's process: what reading its images takes, and nothing when they lie in folders."""
+        if job.kind == "ingest":
+            return find_access(self._settings) if str(job.input.get("path", "")).startswith(S3) else {}
+        with self._database.reading() as session:
+            lie_in_s3 = any(origin_of(session, version_id).startswith(S3) for version_id in _looked_at(session, job))
+        return find_access(self._settings) if lie_in_s3 else {}
 
     def request(self, job: Job) -> dict[str, Any]:
         """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files.
@@ -225,6 +234,17 @@ class Inputs:
         if "selected.parquet" not in digests:
             raise NotReady(f"pseudo-label set {set_id} is {get_set(session, set_id).status}")
         return _File("selected.parquet", digests["selected.parquet"])
+
+
+def _looked_at(session: Session, job: Job) -> list[str]:
+    """Dataset versions whose images the attempt opens; selecting and splitting look at manifests only."""
+    if job.kind in ("label", "predict"):
+        return [job.input["version_id"]]
+    if job.kind != "train" or job.run_id is None:
+        return []
+    run = get_run(session, job.run_id)
+    versions = (run.labeled_version_id, run.validation_version_id, run.test_version_id, job.input.get("unlabeled_version_id"))
+    return [version_id for version_id in versions if version_id]
 
 
 def _digests_of_shards(session: Session, set_id: str) -> dict[str, str]:

@@ -124,7 +124,7 @@ class Slot(threading.Thread):
             if request is None:
                 ended, done = self._give_back(job), False
             else:
-                watch = Watch(job, self._child or Child(), self._make_keeper(job))
+                watch = Watch(job, self._child or Child(self._supervisor.inputs.access(job)), self._make_keeper(job))
                 self._child = None
                 watch.child.send(request)
                 ended, done = self._follow(watch)

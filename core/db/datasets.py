@@ -14,6 +14,7 @@ from core.db.session import now
 from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import AlreadyExists, FolderRefused, InvalidRequest, NotFound, NotReady
 from core.ids import absent, new_id
+from core.settings import S3
 
 
 def check_folder(folder: str, roots: tuple[Path, ...]) -> Path:
@@ -33,10 +34,20 @@ def check_source(text: str, roots: tuple[Path, ...]) -> Path:
     return path
 
 
+def check_address(address: str, roots: tuple[str, ...]) -> str:
+    """`s3://…` that a request names; FolderRefused unless it lies below a root. Whether anything is there is for the job to find."""
+    if not any(address == root or address.startswith(f"{root}/") for root in roots):
+        allowed = ", ".join(roots) or "there are none in S3"
+        message = f"{address!r} lies outside the configured roots ({allowed}); NOISY_STUDENT_DATASET_ROOTS names them"
+        raise FolderRefused(message, pointer="/source/path", roots=allowed)
+    return address
+
+
 def _below_roots(text: str, roots: tuple[Path, ...], *, what: str, pointer: str) -> Path:
     path = Path(text)
     if not path.is_absolute():
-        raise FolderRefused(f"{what} {text!r} must be an absolute path", pointer=pointer)
+        advice = "; `path` takes addresses in S3" if what == "folder" and text.startswith(S3) else ""
+        raise FolderRefused(f"{what} {text!r} must be an absolute path{advice}", pointer=pointer)
     path = path.resolve()
     if not any(path == root or root in path.parents for root in roots):
         allowed = ", ".join(str(root) for root in roots)
@@ -99,6 +110,14 @@ def get_version(session: Session, version_id: str) -> DatasetVersion:
     if version is None:
         raise absent("dataset version", version_id)
     return version
+
+
+def origin_of(session: Session, version_id: str) -> str:
+    """Folder, path or address from which the version's images were read, also when it was cut from another one."""
+    source = get_version(session, version_id).source
+    while "split_of" in source:
+        source = get_version(session, source["split_of"]).source
+    return str(source.get("path") or source.get("folder") or "")
 
 
 def find_version(session: Session, reference: str) -> tuple[Dataset, DatasetVersion]:

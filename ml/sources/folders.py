@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml.manifest import Kind
 from ml.sources.listing import Entry, Notes, class_of_folder
+from ml.sources.roots import Folder
 
 _FEW = 65536
 
@@ -19,7 +20,7 @@ class FolderSource:
     has_unique_keys = True
     no_classes = "has no class folders: put the images of each class into a folder of its own"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Folder) -> None:
         self.root = root
 
     def entries(self, kind: Kind, notes: Notes) -> Iterator[Entry]:
@@ -38,7 +39,7 @@ class FolderSource:
                 yield Entry(key, None if kind == "unlabeled" else class_of_folder(key))
 
     def _names(self, prefix: str, kind: Kind, notes: Notes) -> Iterator[str]:
-        with os.scandir(self.root / prefix) as entries:
+        with os.scandir(self.root.path / prefix) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and self._is_listed(entry, prefix, kind, notes):
                     yield f"{entry.name}/" if entry.is_dir() else entry.name
@@ -51,7 +52,7 @@ class FolderSource:
             notes.leave_out("their names are not UTF-8", ascii(key))
             return False
         if entry.is_symlink():
-            if not Path(entry.path).resolve().is_relative_to(self.root):
+            if not Path(entry.path).resolve().is_relative_to(self.root.path):
                 notes.escaping.append(key)
                 return False
             if entry.is_dir():

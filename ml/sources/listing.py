@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple, Protocol
 from ml.errors import DataError
 from ml.locations import Location
 from ml.manifest import Kind
+from ml.sources.roots import Root
 
 CLASSES_FILE = "classes.txt"
 """Beside tar shards or a list: the names of the classes, one a line; their numbers count from 0."""
@@ -73,8 +75,10 @@ class Notes:
 class Source(Protocol):
     """Somewhere that images are listed. Listing it twice gives the same entries."""
 
-    root: Path
-    """Keys or containers are paths below it."""
+    @property
+    def root(self) -> Root:
+        """Keys or containers are paths below it."""
+
     has_unique_keys: bool
     """By its nature; else whoever lists it has to look."""
     no_classes: str
@@ -82,6 +86,27 @@ class Source(Protocol):
 
     def entries(self, kind: Kind, notes: Notes) -> Iterator[Entry]:
         """In the order in which they are read fastest. DataError for a source that cannot be trusted to be whole."""
+
+
+class ListedOnce:
+    """A source whose entries are kept in a file when they are listed first: a bucket takes long to list, and may change meanwhile."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        self.root, self.has_unique_keys, self.no_classes = source.root, source.has_unique_keys, source.no_classes
+        self._source, self._path = source, path
+
+    def entries(self, kind: Kind, notes: Notes) -> Iterator[Entry]:
+        """Those of the source, then always the same."""
+        if self._path.exists():
+            with self._path.open(encoding="utf-8") as lines:
+                yield from (Entry(*json.loads(line)) for line in lines)
+            return
+        aside = self._path.with_suffix(".part")
+        with aside.open("w", encoding="utf-8") as file:
+            for entry in self._source.entries(kind, notes):
+                file.write(f"{json.dumps(entry)}\n")
+                yield entry
+        aside.replace(self._path)
 
 
 def check_name(name: str) -> tuple[str, str | None]:
@@ -111,17 +136,18 @@ def class_of_folder(key: str) -> str | None:
     return name if slash else None
 
 
-def read_class_names(root: Path) -> tuple[str, ...] | None:
+def read_class_names(root: Root) -> tuple[str, ...] | None:
     """Those of CLASSES_FILE; None without one."""
-    path = root / CLASSES_FILE
-    if not path.is_file():
+    path = f"{root}/{CLASSES_FILE}"
+    if not root.has_file(CLASSES_FILE):
         return None
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        with root.open(CLASSES_FILE) as file:
+            names = tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8", path=str(path)) from error
+        raise DataError(f"{path} is not UTF-8", path=path) from error
     if not names or len(set(names)) < len(names):
-        raise DataError(f"{path} must have one class name a line, each once", path=str(path))
+        raise DataError(f"{path} must have one class name a line, each once", path=path)
     return names
 
 

@@ -9,16 +9,17 @@ split                          optional; where a list has several, one has to be
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import IO, Any, Literal
 
 from ml.errors import DataError
 from ml.manifest import Kind
 from ml.sources.listing import Entry, Notes, check_name, class_of_folder, name_class, read_class_names
+from ml.sources.roots import Root
 
 _PATHS = ("path", "file_name", "key")
 _CLASSES = ("class", "class_name", "label")
@@ -34,20 +35,21 @@ class ListSource:
     has_unique_keys = False
     no_classes = "gives no image a class: a column `class` is needed, or a folder per class in the paths"
 
-    def __init__(self, path: Path, form: Literal["csv", "jsonl"], split: str | None) -> None:
-        self.path = path
-        self.root = path.parent
+    def __init__(self, root: Root, name: str, form: Literal["csv", "jsonl"], split: str | None) -> None:
+        self.root = root
+        self.name = name
+        self.path = f"{root}/{name}"
         self.form = form
         self.split = split
         # Most images share a folder with others.
-        self._is_inside = lru_cache(maxsize=4096)(self._folder_is_inside)
+        self._folder_leads_out = lru_cache(maxsize=4096)(partial(root.leads_out, is_folder=True))
 
     def entries(self, kind: Kind, notes: Notes) -> Iterator[Entry]:
         """As they are listed. DataError, with the line, for what cannot be a row."""
         class_names = None if kind == "unlabeled" else read_class_names(self.root)
         splits: set[str] = set()
-        for line, row in _read(self.path, self.form):
-            where = f"{self.path.name}, line {line}"
+        for line, row in _read(self.root, self.name, self.form):
+            where = f"{self.name}, line {line}"
             split = _text(row, ("split",), where)
             if split is not None:
                 splits.add(split)
@@ -65,9 +67,7 @@ class ListSource:
             # A list that has the column means what it says; an empty cell is no class.
             given = class_of_folder(key) if given is None and not any(name in row for name in _CLASSES) else given
             class_name = None if given is None else name_class(given, class_names, where=where)
-        if not self._is_inside(os.path.dirname(path)) or (
-            (self.root / path).is_symlink() and not (self.root / path).resolve().is_relative_to(self.root)
-        ):
+        if self._folder_leads_out(os.path.dirname(path)) or self.root.leads_out(path):
             notes.escaping.append(path)
         elif notes.admits(kind, key, class_name):
             yield Entry(key, class_name, None if path == key else path)
@@ -75,25 +75,20 @@ class ListSource:
     def _key_of(self, row: dict[str, Any], names: tuple[str, ...], where: str) -> str:
         text = _text(row, names, where)
         if text is None:
-            raise DataError(f"{where} names no image; {_NEEDED}", path=str(self.path))
+            raise DataError(f"{where} names no image; {_NEEDED}", path=self.path)
         key, reason = check_name(text)
         if reason is None and "://" in text:
             reason = "addresses are not fetched"
         if reason is not None:
-            raise DataError(f"{where}: {key[:200]!r} cannot be listed: {reason}; paths are relative to {self.root}", path=str(self.path))
+            raise DataError(f"{where}: {key[:200]!r} cannot be listed: {reason}; paths are relative to {self.root}", path=self.path)
         return key
-
-    def _folder_is_inside(self, folder: str) -> bool:
-        return (self.root / folder).resolve().is_relative_to(self.root)
 
     def _check_splits(self, splits: set[str]) -> None:
         named = ", ".join(sorted(splits)[:20])
         if self.split is None and len(splits) > 1:
-            raise DataError(
-                f"{self.path} lists the splits {named}; say which one is meant", path=str(self.path), splits=sorted(splits)[:100]
-            )
+            raise DataError(f"{self.path} lists the splits {named}; say which one is meant", path=self.path, splits=sorted(splits)[:100])
         if self.split is not None and self.split not in splits:
-            raise DataError(f"{self.path} has no split {self.split!r}, only {named or 'none at all'}", path=str(self.path))
+            raise DataError(f"{self.path} has no split {self.split!r}, only {named or 'none at all'}", path=self.path)
 
 
 def _text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str | None:
@@ -107,51 +102,51 @@ def _text(row: dict[str, Any], names: tuple[str, ...], where: str) -> str | None
     return None
 
 
-def _read(path: Path, form: str) -> Iterator[_Row]:
+def _read(root: Root, name: str, form: str) -> Iterator[_Row]:
     """Line number and fields of every row; DataError, with the line, for a file that is not what its name says."""
     line = 1
     try:
         # utf-8-sig: spreadsheets write a mark in front.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in _read_csv(path, file) if form == "csv" else _read_lines(path, file):
+        with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
+            for line, row in _read_csv(name, file) if form == "csv" else _read_lines(name, file):
                 yield line, row
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 somewhere after line {line}", path=str(path), line=line) from error
+        raise DataError(f"{name} is not UTF-8 somewhere after line {line}", path=name, line=line) from error
 
 
-def _read_csv(path: Path, file: IO[str]) -> Iterator[_Row]:
+def _read_csv(name: str, file: IO[str]) -> Iterator[_Row]:
     reader = csv.reader(file, strict=True)
     header: list[str] = []
     try:
         for fields in reader:
             if not header:
-                header = [name.strip() for name in fields]
+                header = [field.strip() for field in fields]
                 if not set(header) & set(_PATHS) or len(set(header)) < len(header):
                     found = ", ".join(header)[:500]
-                    raise DataError(f"{path.name} has no header that names columns, each once: it begins with {found!r}; {_NEEDED}", line=1)
+                    raise DataError(f"{name} has no header that names columns, each once: it begins with {found!r}; {_NEEDED}", line=1)
             elif fields and len(fields) != len(header):
-                message = f"{path.name}, line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
-                raise DataError(message, path=str(path), line=reader.line_num)
+                message = f"{name}, line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
+                raise DataError(message, path=name, line=reader.line_num)
             elif fields:
                 yield reader.line_num, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path.name}, line {reader.line_num} is no CSV: {error}", path=str(path), line=reader.line_num) from error
+        raise DataError(f"{name}, line {reader.line_num} is no CSV: {error}", path=name, line=reader.line_num) from error
     if not header:
-        raise DataError(f"{path.name} is empty: the first line must name the columns; {_NEEDED}", path=str(path), line=1)
+        raise DataError(f"{name} is empty: the first line must name the columns; {_NEEDED}", path=name, line=1)
 
 
-def _read_lines(path: Path, file: IO[str]) -> Iterator[_Row]:
+def _read_lines(name: str, file: IO[str]) -> Iterator[_Row]:
     number = 0
     while line := file.readline(_LONGEST_LINE):
         number += 1
         if len(line) == _LONGEST_LINE:
-            raise DataError(f"{path.name}, line {number} is longer than {_LONGEST_LINE} characters", path=str(path), line=number)
+            raise DataError(f"{name}, line {number} is longer than {_LONGEST_LINE} characters", path=name, line=number)
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path.name}, line {number} is no JSON: {error}", path=str(path), line=number) from error
+            raise DataError(f"{name}, line {number} is no JSON: {error}", path=name, line=number) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path.name}, line {number} is no JSON object; {_NEEDED}", path=str(path), line=number)
+            raise DataError(f"{name}, line {number} is no JSON object; {_NEEDED}", path=name, line=number)
         yield number, row

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from ml.errors import DataError
 from ml.image_columns import ImageColumns, find_columns
+from ml.locations import forget
 from ml.manifest import Kind
 from ml.sources.listing import Entry, Fingerprints, Notes, check_name
+from ml.sources.roots import Root
 
 _BATCH = 8192
 
@@ -28,13 +29,14 @@ class ParquetSource:
     has_unique_keys = False
     no_classes = "gives no image a class: a `label` column is needed, integers with names in the schema's metadata or strings"
 
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
+    def __init__(self, root: Root, names: tuple[str, ...]) -> None:
         self.root = root
         self.names = names
 
     def entries(self, kind: Kind, notes: Notes) -> Iterator[Entry]:
         """As they lie. DataError for a file that is damaged or has other columns."""
         for name in self.names:
+            forget(f"{self.root}/{name}")
             with self._opened(name) as (file, columns):
                 if kind != "unlabeled" and columns.label is None:
                     there = ", ".join(file.schema_arrow.names)
@@ -84,7 +86,7 @@ class ParquetSource:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(self.root / name) as file:
+            with pq.ParquetFile(self.root.open_table(name)) as file:
                 yield file, find_columns(file.schema_arrow, of=name)
         except (OSError, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno is not None:

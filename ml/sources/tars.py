@@ -10,12 +10,12 @@ import os
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import IO, NamedTuple
 
 from ml.errors import DataError
 from ml.manifest import Kind
 from ml.sources.listing import Entry, Notes, check_name, class_of_folder, is_hidden, name_class, read_class_names
+from ml.sources.roots import Root
 
 _BLOCK = 512
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")
@@ -30,6 +30,8 @@ class _Member(NamedTuple):
     key: str
     offset: int
     size: int
+    text: bytes = b""
+    """What a class beside an image says; read in passing, because going back to it would cost a request each."""
 
     def sample(self) -> str:
         """The name up to the first dot of its last part."""
@@ -47,7 +49,7 @@ class TarSource:
     has_unique_keys = False
     no_classes = "gives no image a class: put the members of each class into a folder, or a .cls member beside each image"
 
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
+    def __init__(self, root: Root, names: tuple[str, ...]) -> None:
         self.root = root
         self.names = names
 
@@ -55,10 +57,10 @@ class TarSource:
         """As they lie. DataError for a file that is no tar, compressed, or cut short."""
         class_names = None if kind == "unlabeled" else read_class_names(self.root)
         for name in self.names:
-            with (self.root / name).open("rb") as file:
+            with self.root.open(name) as file:
                 for _, members in groupby(_members(file, name, kind, notes), _Member.sample):
                     sample = list(members)
-                    named = None if kind == "unlabeled" else _class_beside(file, name, sample, class_names)
+                    named = None if kind == "unlabeled" else _class_beside(name, sample, class_names)
                     yield from _images(name, sample, named=named, kind=kind, class_names=class_names, notes=notes)
 
 
@@ -68,10 +70,10 @@ def _fields(sample: list[_Member]) -> set[str]:
     return {member.key for member in sample if has_image and member.suffix() in _FIELDS}
 
 
-def _class_beside(file: IO[bytes], name: str, sample: list[_Member], class_names: tuple[str, ...] | None) -> str | None:
+def _class_beside(name: str, sample: list[_Member], class_names: tuple[str, ...] | None) -> str | None:
     fields = _fields(sample)
     found = (member for member in sample if member.key in fields and member.suffix() == "cls")
-    return next((_read_class(file, name, member, class_names) for member in found), None)
+    return next((_read_class(name, member, class_names) for member in found), None)
 
 
 def _images(
@@ -93,12 +95,12 @@ def _images(
             yield Entry(member.key, class_name, name, member.offset, member.size)
 
 
-def _read_class(file: IO[bytes], name: str, member: _Member, class_names: tuple[str, ...] | None) -> str | None:
+def _read_class(name: str, member: _Member, class_names: tuple[str, ...] | None) -> str | None:
     where = f"{name}, member {member.key}"
     if member.size > _LONGEST_CLASS:
         raise DataError(f"{where} has {member.size} bytes; a class is a name or a number", path=name)
     try:
-        text = os.pread(file.fileno(), member.size, member.offset).decode()
+        text = member.text.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is no class: it is not UTF-8", path=name) from error
     return name_class(text, class_names, where=where)
@@ -106,10 +108,10 @@ def _read_class(file: IO[bytes], name: str, member: _Member, class_names: tuple[
 
 def _members(file: IO[bytes], name: str, kind: Kind, notes: Notes) -> Iterator[_Member]:
     """The regular files of a whole tar; everything else is noted and never followed."""
-    if file.read(6).startswith(_COMPRESSED):
+    if _read_at(file, 0, 6).startswith(_COMPRESSED):
         raise DataError(f"{name} is compressed, so its images cannot be read one by one; unpack it to a plain .tar", path=name)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    size = os.fstat(file.fileno()).st_size
     last, end = "none", 0
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=1) as tar:
@@ -124,6 +126,8 @@ def _members(file: IO[bytes], name: str, kind: Kind, notes: Notes) -> Iterator[_
                     raise _cut_short(name, info.offset, last)
                 end, last = tar.offset, ascii(info.name)[1:-1]
                 member = _admitted(info, kind, notes)
+                if member is not None and kind != "unlabeled" and member.suffix() == "cls" and member.size <= _LONGEST_CLASS:
+                    member = member._replace(text=_read_at(file, member.offset, member.size))
                 if member is not None:
                     yield member
             end = tar.offset
@@ -132,8 +136,17 @@ def _members(file: IO[bytes], name: str, kind: Kind, notes: Notes) -> Iterator[_
             raise DataError(f"{name} is no tar file: {error}", path=name, offset=0) from error
         raise _cut_short(name, end, last) from error
     # Reading just stops at a damaged header, and where the file ends.
-    if os.pread(file.fileno(), _BLOCK, end) != bytes(_BLOCK):
+    if _read_at(file, end, _BLOCK) != bytes(_BLOCK):
         raise _cut_short(name, end, last)
+
+
+def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:
+    """Without moving on in it."""
+    place = file.tell()
+    file.seek(offset)
+    data = file.read(length)
+    file.seek(place)
+    return data
 
 
 def _cut_short(name: str, offset: int, last: str) -> DataError:

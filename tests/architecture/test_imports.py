@@ -32,7 +32,7 @@ DOORS = {
     "celery": {"core.queue", "workers.app", "workers.tasks"},
     "kombu": {"core.queue"},
     "boto3": {"core.storage.s3"},
-    "botocore": {"core.storage.s3"},
+    "botocore": {"core.storage.s3", "ml.objects", "ml.object_errors"},
     # The doctor knocks on every door to say which one stays shut.
     "redis": {"core.queue", "cli.doctor"},
 }

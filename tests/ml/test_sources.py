@@ -19,6 +19,7 @@ from ml.ingestion import ingest, scan
 from ml.manifest import Manifest
 from ml.sources import open_source
 from ml.sources.listing import Fingerprints, Notes
+from ml.sources.roots import Folder
 from ml.sources.tars import TarSource
 from tests.ml import builders_images as images
 from tests.ml import builders_sources as builders
@@ -111,7 +112,7 @@ def test_flipped_bytes_in_a_tar_give_entries_or_a_data_error(
     path.write_bytes(bytes(data))
 
     try:
-        outcome = [entry.offset for entry in TarSource(path.parent, (path.name,)).entries("unlabeled", Notes())]
+        outcome = [entry.offset for entry in TarSource(Folder(path.parent), (path.name,)).entries("unlabeled", Notes())]
     except DataError as error:
         outcome = [error.details["offset"]]
 
