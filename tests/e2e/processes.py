@@ -128,8 +128,10 @@ class Service:
         found = subprocess.run(command, env=self.processes.environment, capture_output=True, text=True, timeout=120, check=False)
         assert found.returncode == 0, found.stdout + found.stderr
 
-    def register(self, name: str, kind: str, folder: Path) -> str:
-        job = self.post("/api/v1/datasets", {"name": name, "kind": kind, "source": {"folder": str(folder)}})
+    def register(self, name: str, kind: str, place: Path | str) -> str:
+        """A folder, or the path or address of anything else."""
+        source = {"folder": str(place)} if isinstance(place, Path) else {"path": place}
+        job = self.post("/api/v1/datasets", {"name": name, "kind": kind, "source": source})
         finished = self.finished_job(job["id"])
         assert finished["status"] == "succeeded", finished
         return name

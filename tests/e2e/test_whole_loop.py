@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def write_folders(root: Path) -> dict[str, Path]:
     return {name: root / name for name in ("labeled", "pool", "test")}
 
 
-def start_run(service: Service, folders: dict[str, Path], *, iterations: int | str, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+def start_run(
+    service: Service, folders: Mapping[str, Path | str], *, iterations: int | str, recipe: dict[str, Any] | None = None
+) -> dict[str, Any]:
     service.register("labeled", "labeled", folders["labeled"])
     service.register("pool", "unlabeled", folders["pool"])
     service.register("test", "evaluation", folders["test"])

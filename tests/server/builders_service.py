@@ -80,7 +80,7 @@ def running_service(directory: Path, **settings: Any) -> Iterator[Service]:
         thread.join()
 
 
-def add_dataset(service: Service, name: str, kind: Any, folder: Path, *, ready: bool = True) -> str:
+def add_dataset(service: Service, name: str, kind: Any, folder: Path | str, *, ready: bool = True) -> str:
     """Register a folder as a worker would leave it; its version's id."""
     with service.services.database.transaction() as session:
         version, _ = add_version(session, create_dataset(session, name=name, kind=kind), source={"folder": str(folder)}, ingest=False)

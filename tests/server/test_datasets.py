@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.tables import Dataset, DatasetVersion, Job
+from core.settings import Settings
 from ml.manifest import COLUMNS, Manifest
 from server.manifest_rows import read_rows
 from tests.server.builders import Api, add_ready_version, api_in_process
@@ -57,6 +58,47 @@ def test_registering_a_folder_starts_the_job_that_reads_it(api: Api, tmp_path: P
     assert version["source"] == {"folder": str(tmp_path / "root" / "images")}
     assert api.client.get(f"/api/v1/datasets/{dataset['id']}").json() == dataset
     assert api.client.get(f"/api/v1/dataset-versions/{version['id']}").json() == version
+
+
+@pytest.mark.parametrize("address", ["s3://pool", "s3://pool/", "s3://pool/a/shard-{000..009}.tar", "s3://other/images/x.parquet"])
+def test_addresses_below_a_root_in_s3_are_registered(tmp_path: Path, address: str) -> None:
+    with api_in_process(tmp_path, dataset_roots=(tmp_path, "s3://pool", "s3://other/images")) as api:
+        body = {"name": "pool", "kind": "unlabeled", "source": {"path": address}}
+        answer = api.client.post("/api/v1/datasets", json=body)
+        source = api.client.get("/api/v1/datasets/pool").json()["latest_version"]["source"]
+
+    assert answer.status_code == 202, answer.text
+    assert source == {"path": address.rstrip("/"), "format": "auto", "split": None}
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ({"path": "s3://secret/x"}, "folder_refused", "'s3://secret/x' lies outside the configured roots (s3://pool/images)"),
+        ({"path": "s3://pool/images-of-others"}, "folder_refused", "lies outside"),
+        ({"path": "s3://pool"}, "folder_refused", "lies outside"),
+        ({"path": "s3://pool/images/../x"}, "invalid_request", "has an empty part, `.` or `..` in it"),
+        ({"path": "s3://"}, "invalid_request", "s3://BUCKET or s3://BUCKET/PREFIX would be"),
+        ({"folder": "s3://pool/images"}, "folder_refused", "must be an absolute path; `path` takes addresses in S3"),
+    ],
+)
+def test_an_address_outside_the_roots_is_refused(tmp_path: Path, source: dict[str, str], code: str, said: str) -> None:
+    with api_in_process(tmp_path, dataset_roots=(tmp_path, "s3://pool/images/")) as api:
+        answer = api.client.post("/api/v1/datasets", json={"name": "pool", "kind": "unlabeled", "source": source})
+
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (422, code)
+    assert said in problem["detail"]
+    assert problem["errors"][0]["pointer"] == f"/source/{next(iter(source))}"
+
+
+def test_roots_in_s3_stand_among_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOISY_STUDENT_DATASET_ROOTS", f"s3://pool/images/:{tmp_path}:s3://other")
+
+    settings = Settings(data_directory=tmp_path / "data")
+
+    assert settings.bucket_roots == ("s3://pool/images", "s3://other")
+    assert settings.roots == (tmp_path, tmp_path / "data" / "datasets")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from core.db.files import name_files
 from core.db.pseudo_labels import finish_set, list_shards
 from core.db.tables import Job
+from ml import objects
+from tests.builders_services import S3Server, wait_until
 from tests.ml.builders_images import image_bytes, write_class_folders, write_flat_folder
 from tests.ml.builders_sources import write_tars
 from tests.server.builders_service import COLORS, Service, add_dataset, add_generation, running_service
@@ -298,3 +301,24 @@ def test_a_pool_image_is_shown_from_the_middle_of_its_shard(service: Service) ->
     shard = tars / "shard-000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"ihdr"))
     assert service.get(address).status_code == 409
+
+
+def test_a_pool_image_is_shown_from_a_bucket(tmp_path: Path, s3_server: S3Server) -> None:
+    name = f"pool-{uuid4().hex}"
+    s3_server.make_bucket(name)
+    folder = write_flat_folder(tmp_path / "flat", 3)
+    write_tars(folder, s3_server.directory / name / "tars", shards=1)
+    key = {"dataset_s3_access_key_id": s3_server.access_key, "dataset_s3_secret_access_key": s3_server.secret_key}
+    with running_service(tmp_path, dataset_s3_endpoint_url=s3_server.url, **key) as service:
+        add_dataset(service, "tars", "unlabeled", f"s3://{name}/tars")
+        address = f"/pseudo-label-sets/{create(service, unlabeled='tars').json()['id']}/items/10001.png/image"
+
+        found = service.get(address)
+        (s3_server.directory / name / "tars" / "shard-000.tar").unlink()
+        wait_until(lambda: service.get(address).status_code == 409, what="the shard's absence")
+        objects.use(objects.Access(endpoint_url="http://127.0.0.1:1", access_key_id="a", secret_access_key="b", attempts=1))
+        away = service.get(address)
+        objects.use(objects.Access())
+
+    assert (found.content, found.headers["content-type"]) == ((folder / "10001.png").read_bytes(), "image/png")
+    assert (away.status_code, away.json()["code"]) == (503, "store_away")
