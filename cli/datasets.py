@@ -32,6 +32,10 @@ def add(
     kind: Annotated[str, typer.Option(help="labeled or evaluation (with classes), or unlabeled.")],
     source_format: Annotated[str, typer.Option("--format", help=f"What lies there: {', '.join(FORMATS)}.")] = "auto",
     split: Annotated[str | None, typer.Option(help="Of a list or of Parquet files that have several, for example train.")] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Copy the images into tar shards among the service's own files.")] = False,
+    resize: Annotated[
+        int | None, typer.Option(help="With --pack: make images smaller whose shorter side is longer than this.", min=16, max=8192)
+    ] = None,
     new_version: Annotated[bool, typer.Option("--new-version", help="Read it into a further version of a dataset.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Hold on until it is read.")] = True,
 ) -> None:
@@ -41,7 +45,11 @@ def add(
         raise typer.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}", param_hint="--kind")
     if source_format not in FORMATS:
         raise typer.BadParameter(f"{source_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
-    source = {"path": path if is_address(path) else str(Path.cwd() / path), "format": source_format, "split": split}
+    if resize is not None and not pack:
+        raise typer.BadParameter("images are made smaller only where they are copied: add --pack", param_hint="--resize")
+    source: dict[str, Any] = {"path": path if is_address(path) else str(Path.cwd() / path), "format": source_format, "split": split}
+    if pack:
+        source["pack"] = {"resize_shorter_side": resize}
     if new_version:
         job = invocation.client.post(f"{API}/datasets/{name}/versions", {"source": source})
     else:
@@ -138,6 +146,10 @@ def describe_version(name: str, version: dict[str, Any]) -> str:
     classes = version["class_names"] or []
     text = f"{name} (version {version['number']}): {version['num_images']} images, {version['num_usable']} usable"
     lines = [text + (f", {len(classes)} classes" if classes else "")]
+    packed = (version["report"] or {}).get("packed")
+    if packed:
+        resized = f", {packed['num_resized']} images made smaller" if "num_resized" in packed else ""
+        lines.append(f"  packed into {packed['num_shards']} shards of {packed['num_bytes'] / 1e6:.0f} MB together{resized}")
     lines += [f"  note: {warning['message']}" for warning in (version["report"] or {}).get("warnings", [])]
     return "\n".join(lines)
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml.errors import BadImage, DataError, Interrupted, NoImages, TooFewLabels
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
-from ml.locations import read_bytes
-from ml.manifest import Kind, Manifest, Share, split
+from ml.locations import STORED, read_bytes
+from ml.manifest import COLUMNS, Kind, Manifest, Share, split
 from ml.manifest_files import Row, RowFile, write_manifest
-from ml.pixels import decode, perceptual_hash, pixel_digest
+from ml.packing import Packer
+from ml.pixels import decode, perceptual_hash, pixel_digest, shrink
 from ml.read_ahead import read_many, take
 from ml.reports import Counts, build_report
 from ml.sources import Format, Source, open_source
@@ -33,8 +34,21 @@ PART_KINDS: dict[str, Kind] = {"test": "evaluation", "validation": "evaluation",
 _CHUNK = 256
 # Pillow lets go of the interpreter lock while it decodes; more threads than two would fight over it in between.
 _THREADS = 2
+_AHEAD = 8 * _THREADS
 _LISTED_AT_ONCE = 100_000
 """Entries after which listing shows that it is alive."""
+
+
+_KEY, _CLASS, _STATUS = (COLUMNS.index(name) for name in ("key", "class_name", "status"))
+
+
+class _Looked(NamedTuple):
+    """What came of one entry."""
+
+    row: Row
+    data: bytes | None
+    """What is to be packed."""
+    is_resized: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +70,13 @@ def ingest(
     kind: Kind,
     source_format: Format = "auto",
     split: str | None = None,
+    packer: Packer | None = None,
     on_event: OnEvent = ignore,
     should_stop: ShouldStop = never,
 ) -> Ingested:
     """Read every image of the source at `path` and write its manifest; memory hardly grows with their number.
 
+    With a `packer` the manifest says where in its shards the images lie, else where they lie now.
     Hidden files are left out. Broken files and non-images become rows with their status. Raises NoImages for a missing or
     empty source or a class without a usable image, TooFewLabels for labeled images of one class, DataError for symbolic
     links that lead out of the source, keys that stand twice, and what `ml.sources` refuses.
@@ -73,13 +89,15 @@ def ingest(
             source = ListedOnce(source, Path(folder) / "entries")
         total, notes = _list(source, kind, on_event, should_stop)
         with RowFile(Path(folder) / "rows.parquet") as rows:
-            for entry, row in _inspect_all(source, kind, total, on_event, should_stop):
+            for row in _inspect_all(source, kind, packer, total=total, on_event=on_event, should_stop=should_stop):
                 rows.add(row)
-                counts.add(entry.key, entry.class_name, row[_STATUS])
+                counts.add(row[_KEY], row[_CLASS], row[_STATUS])
         _refuse_unusable(source, path, kind, counts, notes)
         class_names = tuple(sorted(counts.classes))
-        write_manifest(rows, manifest, root=str(source.root), kind=kind, class_names=class_names)
+        write_manifest(rows, manifest, root=str(source.root) if packer is None else STORED, kind=kind, class_names=class_names)
     report = build_report(manifest, kind=kind, counts=counts, notes=notes)
+    if packer is not None:
+        report["packed"] = packer.report()
     return Ingested(num_images=counts.num_rows, num_usable=counts.statuses["ok"], class_names=class_names, report=report)
 
 
@@ -132,50 +150,76 @@ def _refuse_repeated(source: Source, kind: Kind, repeated: set[int]) -> None:
         raise DataError(message, keys=list(twice)[:EXAMPLES])
 
 
-def _inspect_all(source: Source, kind: Kind, total: int, on_event: OnEvent, should_stop: ShouldStop) -> Iterator[tuple[Entry, Row]]:
-    started, done, root = time.monotonic(), 0, str(source.root)
+def _inspect_all(
+    source: Source, kind: Kind, packer: Packer | None, *, total: int, on_event: OnEvent, should_stop: ShouldStop
+) -> Iterator[Row]:
+    started, done = time.monotonic(), 0
     entries = source.entries(kind, Notes())
     with ThreadPoolExecutor(_THREADS) as pool:
+        inspector = _Inspector(source, packer, pool)
         while chunk := list(islice(entries, _CHUNK)):
             if should_stop():
                 raise Interrupted(f"stopped after {done} of {total} files")
-            yield from zip(chunk, _inspect_chunk(chunk, root, source.root.is_remote, pool), strict=True)
+            yield from inspector.inspect(chunk)
             done += len(chunk)
             rate = round(done / max(time.monotonic() - started, 1e-6), 1)
             on_event(Event(kind="progress", data={"done": done, "total": total, "unit": "files", "images_per_second": rate}))
+    if packer is not None:
+        yield from packer.finish()
 
 
-def _inspect_chunk(chunk: list[Entry], root: str, is_remote: bool, pool: ThreadPoolExecutor) -> Iterator[Row]:
-    if not is_remote:
-        yield from pool.map(lambda entry: _inspect(entry, lambda: read_bytes(entry.location(root))), chunk)
-        return
-    waiting: deque[Future[Row]] = deque()
-    for entry, outcome in zip(chunk, read_many(entry.location(root) for entry in chunk), strict=True):
-        waiting.append(pool.submit(_inspect, entry, partial(take, outcome)))
-        if len(waiting) > 2 * _THREADS:
-            # What was read and waits for a decoder must not grow.
+class _Inspector:
+    """Makes rows of entries, a few images at a time."""
+
+    def __init__(self, source: Source, packer: Packer | None, pool: ThreadPoolExecutor) -> None:
+        self._root, self._is_remote = str(source.root), source.root.is_remote
+        self._packer, self._pool = packer, pool
+        self._side = None if packer is None else packer.packing.resize_shorter_side
+
+    def inspect(self, chunk: list[Entry]) -> Iterator[Row]:
+        """The rows, in order; packed ones when their shard is complete."""
+        packer = self._packer
+        for looked in self._look_at(chunk):
+            if packer is None:
+                yield looked.row
+            else:
+                packer.num_resized += looked.is_resized
+                yield from packer.add(looked.row, looked.data)
+
+    def _look_at(self, chunk: list[Entry]) -> Iterator[_Looked]:
+        locations = [entry.location(self._root) for entry in chunk]
+        reads: Iterable[Callable[[], bytes]] = (partial(read_bytes, location) for location in locations)
+        if self._is_remote:
+            reads = (partial(take, outcome) for outcome in read_many(locations))
+        waiting: deque[Future[_Looked]] = deque()
+        for entry, read in zip(chunk, reads, strict=True):
+            waiting.append(self._pool.submit(self._inspect, entry, read))
+            # What was read and waits for a decoder, or is decoded and waits to be packed, must not grow.
+            if len(waiting) >= _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    for row in waiting:
-        yield row.result()
 
-
-_STATUS = 5
-"""Where in a row its status stands."""
-
-
-def _inspect(entry: Entry, read: Callable[[], bytes]) -> Row:
-    """The row of one image, in the order of the manifest's columns."""
-    digest, num_bytes = "", entry.length or 0
-    place = entry.container, entry.offset
-    try:
-        data = read()
-        digest, num_bytes = hashlib.sha256(data).hexdigest(), len(data)
-        image = decode(data)
-    except BadImage as error:
-        num_bytes = error.details.get("num_bytes", num_bytes)
-        return (entry.key, digest, None, None, entry.class_name, error.status, num_bytes, None, None, *place)
-    facts = pixel_digest(image), perceptual_hash(image), entry.class_name, "ok", num_bytes, image.width, image.height
-    return (entry.key, digest, *facts, *place)
+    def _inspect(self, entry: Entry, read: Callable[[], bytes]) -> _Looked:
+        """The row of one image, in the order of the manifest's columns."""
+        digest, num_bytes, is_resized = "", entry.length or 0, False
+        data: bytes | None = None
+        place = entry.container, entry.offset
+        try:
+            data = read()
+            digest, num_bytes = hashlib.sha256(data).hexdigest(), len(data)
+            image = decode(data)
+            smaller = None if self._side is None else shrink(data, image, self._side)
+            if smaller is not None:
+                data, image, is_resized = smaller, decode(smaller), True
+                digest, num_bytes = hashlib.sha256(data).hexdigest(), len(data)
+        except BadImage as error:
+            num_bytes = error.details.get("num_bytes", num_bytes)
+            row: Row = (entry.key, digest, None, None, entry.class_name, error.status, num_bytes, None, None, *place)
+        else:
+            facts = pixel_digest(image), perceptual_hash(image), entry.class_name, "ok", num_bytes, image.width, image.height
+            row = (entry.key, digest, *facts, *place)
+        return _Looked(row, None if self._packer is None else data, is_resized)
 
 
 PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "unlabeled", "pool"))

@@ -26,6 +26,8 @@ from ml.object_errors import TooLarge
 MAX_FILE_BYTES = 256 * 1024 * 1024
 PARQUET = ".parquet"
 """Ending of the containers in which an offset counts rows; in all others it counts bytes."""
+STORED = "stored:"
+"""Root of manifests whose images were packed into shards among the service's own files."""
 _OPEN_FILES = 256
 _OPEN_TABLES = 32
 """Fewer: what a Parquet file says of its row groups is held with it."""
@@ -34,6 +36,7 @@ _ROW_GROUP_BYTES = 256 * 1024 * 1024
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 _Opened = TypeVar("_Opened")
+_stored_at: str | None = None
 
 
 class Location(NamedTuple):
@@ -57,6 +60,21 @@ class Location(NamedTuple):
     def is_remote(self) -> bool:
         """In S3."""
         return objects.is_address(self.path)
+
+
+def find_stored_at(root: str) -> None:
+    """From now on this process finds packed images below this folder or address."""
+    global _stored_at
+    _stored_at = root
+
+
+def resolve_root(root: str) -> str:
+    """Of a manifest, from this process: an absolute path or an address."""
+    if root == STORED:
+        if _stored_at is None:
+            raise DataError("these images were packed by the service, and lie among its files; they are read by its workers only")
+        return _stored_at
+    return root if objects.is_address(root) else str(Path(root).absolute())
 
 
 def read_bytes(place: Location | str | Path) -> bytes:

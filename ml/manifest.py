@@ -1,6 +1,7 @@
 """Manifests: which images a dataset version holds, one row per file, in Parquet.
 
-A manifest never changes. Rows are sorted by `key`, a POSIX path. Images stay where they are, below `root`, a folder or `s3://…`.
+A manifest never changes. Rows are sorted by `key`, a POSIX path. Images stay where they are, below `root`: a
+folder, `s3://…`, or `stored:` for those that were packed.
 
     key              str         unique
     digest           str         SHA-256 of the file, hex; empty when the file could not be read
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml.errors import ClassMismatch, DataError, TooFewLabels
 from ml.files import written_aside
-from ml.locations import Location
+from ml.locations import Location, resolve_root
 from ml.objects import is_address
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ class Manifest:
     def locations(self) -> list[Location]:
         """Where every row's bytes lie."""
         # A Path object each costs 3 µs, a thirtieth of decoding a small image.
-        is_remote = is_address(self.root)
-        root = self.root if is_remote else str(Path(self.root).absolute())
+        root = resolve_root(self.root)
+        is_remote = is_address(root)
         lengths = self.column("bytes")
         if not is_remote and self.table.column("container").null_count == len(self):
             return [Location(os.path.join(root, key), None, length) for key, length in zip(self.column("key"), lengths, strict=True)]

@@ -45,6 +45,9 @@ MAX_PIXELS = 50_000_000
 RULE = 1
 """Counts changes of what `decode` and `weak_view` make of a file; part of every preprocessing digest."""
 
+SHRUNK_QUALITY = 95
+_LOSSLESS = (b"\x89PNG", b"BM")
+
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 _LONGEST = 16
@@ -103,6 +106,23 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except _DECODER_ERRORS as error:
         raise BadImage(f"the image is truncated or damaged: {error}", status="undecodable") from error
     return rgb if rotation is None else rgb.transpose(rotation)
+
+
+def shrink(data: bytes, image: Image.Image, shorter_side: int) -> bytes | None:
+    """A file of the same picture that is only so large; None when it is no larger. `image` is what `decode` makes of `data`.
+
+    What was kept without loss stays so (PNG), the rest becomes JPEG of quality SHRUNK_QUALITY with full color resolution.
+    """
+    ratio = shorter_side / min(image.size)
+    if ratio >= 1:
+        return None
+    smaller = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    if data.startswith(_LOSSLESS):
+        smaller.save(file, "PNG")
+    else:
+        smaller.save(file, "JPEG", quality=SHRUNK_QUALITY, subsampling=0)
+    return file.getvalue()
 
 
 def read_image(place: Location | str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

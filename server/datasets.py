@@ -15,11 +15,9 @@ from core.db import datasets as rows
 from core.db.files import list_files
 from core.db.jobs import NewJob, enqueue
 from core.db.tables import Dataset, DatasetVersion, Job
-from core.errors import FolderRefused, InvalidRequest, NotReady
-from ml.errors import DataError, MlError
+from core.errors import InvalidRequest, NotReady
+from ml.errors import MlError
 from ml.manifest import check_shares_fit
-from ml.objects import is_address
-from ml.sources import Format, format_of_file, locate
 from server.dependencies import Services, ServicesDep, make_router
 from server.idempotency import OnceDep
 from server.job_views import JobView, accepted_job
@@ -27,6 +25,7 @@ from server.manifest_rows import read_rows
 from server.openapi import problems
 from server.pages import Page, PageDep, PageQuery, read_page
 from server.run_checks import list_leakage
+from server.sources import STRICT, SourceOfImages, check_source
 
 router = make_router("datasets")
 
@@ -36,44 +35,7 @@ Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^(?!ds_|dsv_
 Part = Literal["labeled", "validation", "test", "unlabeled"]
 Share = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1, le=10**9)] | Literal["rest"]
 KIND_OF_PART: dict[str, str] = {"labeled": "labeled", "validation": "evaluation", "test": "evaluation", "unlabeled": "unlabeled"}
-SourcePath = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]+$")]
 IMAGE_COLUMNS = ("key", "digest", "class_name", "status", "bytes", "width", "height")
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, regex_engine="python-re")
-
-
-class SourceOfImages(BaseModel):
-    """Where the images lie: a `folder`, or a `path` of anything that can be read. They stay there; nothing is copied."""
-
-    model_config = STRICT | {
-        "json_schema_extra": {
-            "examples": [
-                {"folder": "/data/flowers/labeled"},
-                {"path": "/data/flowers/shard-{000..099}.tar"},
-                {"path": "/data/flowers/hub/data", "format": "parquet", "split": "train"},
-                {"path": "/data/flowers/images.csv"},
-                {"path": "s3://flowers/unlabeled"},
-            ]
-        }
-    }
-
-    folder: SourcePath | None = None
-    """Absolute path on the server, below one of the configured roots. Labeled and evaluation: one folder per class."""
-    path: SourcePath | None = None
-    """Likewise, or `s3://BUCKET/PREFIX` below a configured one: of a folder of images, of a `.tar`, `.parquet`, `.csv` or `.jsonl` file, of
-    a folder of tar or Parquet shards, or a pattern of shards. Labeled and evaluation: by a folder per class in the keys, `.cls` members,
-    a `label` or a `class` column."""
-    format: Format = "auto"
-    """What lies at `path`; `auto` goes by the ending, and takes a folder that holds nothing but shards for those."""
-    split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Which part of a list with a `split` column, or of Parquet files that are called `<split>-00000-of-00004.parquet`."""
-
-    @model_validator(mode="after")
-    def _check_one(self) -> SourceOfImages:
-        if (self.folder is None) == (self.path is None):
-            raise ValueError("give either folder or path")
-        if self.folder is not None and (self.format not in ("auto", "folder") or self.split is not None):
-            raise ValueError("format and split go with path")
-        return self
 
 
 class NewVersion(BaseModel):
@@ -201,31 +163,10 @@ def _show_datasets(session: Session, found: Sequence[Dataset]) -> list[DatasetVi
     ]
 
 
-def _check_source(source: SourceOfImages, services: Services) -> dict[str, Any]:
-    """The source as the version's row keeps it."""
-    roots = services.settings.roots
-    pointer, text = ("/source/folder", source.folder) if source.path is None else ("/source/path", source.path)
-    try:
-        if source.path is None:
-            return {"folder": str(rows.check_folder(str(source.folder), roots))}
-        if is_address(source.path):
-            address = rows.check_address(locate(source.path), services.settings.bucket_roots)
-            return {"path": address, "format": source.format, "split": source.split}
-        path = rows.check_source(source.path, roots)
-        if source.format == "auto" and path.is_file():
-            format_of_file(path)
-        return {"path": str(path), "format": source.format, "split": source.split}
-    except DataError as error:
-        raise InvalidRequest(str(error), pointer=pointer) from error
-    except (OSError, RuntimeError) as error:
-        # A name that is too long, a folder that may not be entered, links in a circle.
-        raise FolderRefused(f"{pointer.rpartition('/')[2]} {str(text)[:200]!r} cannot be opened: {error}", pointer=pointer) from error
-
-
 @router.post("/datasets", status_code=202, summary="Register a dataset", response_model=JobView, responses=problems(409, 415))
 def create_dataset(body: NewDataset, services: ServicesDep, once: OnceDep) -> Response:
     """Starts the job that reads the source: every image gets a row and every oddity a line in the version's report."""
-    source = _check_source(body.source, services)
+    source = check_source(body.source, services.settings)
     with services.database.transaction() as session:
 
         def work() -> Job:
@@ -267,7 +208,7 @@ def get_dataset(dataset_id: str, services: ServicesDep) -> DatasetView:
 )
 def create_dataset_version(dataset_id: str, body: NewVersion, services: ServicesDep, once: OnceDep) -> Response:
     """Earlier versions stay as they are; runs keep the version they started with."""
-    source = _check_source(body.source, services)
+    source = check_source(body.source, services.settings)
     with services.database.transaction() as session:
         return once.run(
             session,

@@ -13,6 +13,7 @@ from core.db.session import Database
 from core.settings import Settings
 from core.storage import Storage, make_storage
 from ml import objects
+from ml.locations import find_stored_at
 from server.auth import KeyRing, Principal
 from server.metrics import Metrics
 from server.pages import Cursors
@@ -44,6 +45,7 @@ class Services:
         self.storage: Storage = make_storage(settings)
         # For the images that people look at; somebody waits for them.
         objects.use(_read_access(settings))
+        find_stored_at(self.storage.root)
         self.keys = KeyRing(self.database)
         self.metrics = Metrics(of_rows=not predictor_only)
         self.progress = ProgressHub(self.database)

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.errors import Conflict, NotFound
 from ml.errors import BadImage
-from ml.locations import Location, read_bytes
+from ml.locations import Location, read_bytes, resolve_root
 from ml.manifest import read_facts
 from ml.objects import is_address
 
@@ -30,6 +30,7 @@ def read_pool_image(manifest: Path, key: str) -> tuple[bytes, str]:
 
 
 def _path_below(root: str, name: str, key: str) -> str:
+    root = resolve_root(root)
     if is_address(root):
         return f"{root}/{name}"
     path = (Path(root) / name).resolve()

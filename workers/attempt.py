@@ -33,6 +33,7 @@ from typing import IO, Any, cast
 from ml import errors
 from ml.config import RuntimeConfig
 from ml.events import Event
+from ml.locations import find_stored_at
 from ml.validation import to_dict
 from workers.jobs import MODULES, JobModule, Work
 from workers.processes import die_with_parent
@@ -133,6 +134,7 @@ class Attempt:
 
     def _do(self, request: dict[str, Any], directory: Path) -> None:
         speaker = self.speaker
+        find_stored_at(request["stored_at"])
         work = Work(
             input=request["input"],
             directory=directory,

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from core.db.datasets import get_version, origin_of
+from core.db.datasets import get_version, source_of
 from core.db.files import list_files
 from core.db.generations import get_generation
 from core.db.jobs import has_halved
@@ -66,11 +66,14 @@ class Inputs:
 
     def access(self, job: Job) -> dict[str, str]:
         """Variables for the attempt's process: what reading its images takes, and nothing when they lie in folders."""
-        if job.kind == "ingest":
-            return find_access(self._settings) if str(job.input.get("path", "")).startswith(S3) else {}
         with self._database.reading() as session:
-            lie_in_s3 = any(origin_of(session, version_id).startswith(S3) for version_id in _looked_at(session, job))
-        return find_access(self._settings) if lie_in_s3 else {}
+            sources = [job.input] if job.kind == "ingest" else [source_of(session, version_id) for version_id in _looked_at(session, job)]
+        return find_access(self._settings) if any(self._lies_in_s3(source, job) for source in sources) else {}
+
+    def _lies_in_s3(self, source: dict[str, Any], job: Job) -> bool:
+        if source.get("pack") and job.kind != "ingest":
+            return not self._storage.is_local
+        return str(source.get("path", "")).startswith(S3)
 
     def request(self, job: Job) -> dict[str, Any]:
         """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files.
@@ -87,6 +90,7 @@ class Inputs:
             "directory": str(self.directory(job.id)),
             "halve_micro_batch": has_halved(job.error),
             "capabilities": list(self._capabilities),
+            "stored_at": self._storage.root,
         }
 
     def resolve(self, job: Job) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class Inputs:
         return needed
 
     def _ingest(self, _session: Session, job: Job) -> dict[str, Any]:
-        named = {name: job.input.get(name) for name in ("format", "split")}
+        named = {name: job.input.get(name) for name in ("format", "split", "pack")}
         if "folder" in job.input:
             return named | {"path": job.input["folder"], "kind": job.input["kind"], "format": "folder"}
         return named | {"path": job.input["path"], "kind": job.input["kind"]}

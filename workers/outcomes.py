@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db import jobs
-from core.db.datasets import fail_version, finish_version
+from core.db.datasets import SHARD, fail_version, finish_version, list_shards
 from core.db.events import count_reports
 from core.db.files import forget_files, name_files
 from core.db.generations import register_generation
@@ -24,9 +25,17 @@ Stored = dict[str, dict[str, Any]]
 """Name → {digest, num_bytes}."""
 
 
-def store(storage: Storage, files: dict[str, str]) -> Stored:
-    """Put what the attempt made into storage; StorageError when that fails. Rows name the files later, or never."""
-    return {name: storage.put(Path(path)) for name, path in files.items()}
+def store(storage: Storage, files: dict[str, str], *, within_seconds: float) -> Stored:
+    """Put what the attempt made into storage; StorageError when that fails. Rows name the files later, or never.
+
+    It may not take longer than `within_seconds`, after which the first of them might be swept away before it has a name.
+    """
+    started = time.monotonic()
+    stored = {name: storage.put(Path(path)) for name, path in files.items()}
+    if time.monotonic() - started > within_seconds:
+        advice = "raise NOISY_STUDENT_ORPHAN_GRACE_SECONDS, or make less at once"
+        raise StorageError(f"storing {len(files)} files took longer than {within_seconds:.0f} s; {advice}")
+    return stored
 
 
 def write_reports(session: Session, job: Job, reports: Reports, *, lease_seconds: float) -> Job | None:
@@ -56,11 +65,14 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
     forget_files(session, job.id, prefix=PREFIX)
     if job.kind == "ingest":
         manifest = made["manifest"] | files["manifest.parquet"]
-        finish_version(session, job.input["version_id"], manifest=manifest, report=made["report"])
+        shards = {name: facts for name, facts in files.items() if name.startswith(SHARD)}
+        finish_version(session, job.input["version_id"], manifest=manifest, report=made["report"], shards=shards)
     elif job.kind == "split":
+        # Each part names them too: it needs them whatever becomes of the whole.
+        shards = list_shards(session, job.input["source_version_id"])
         for part, target in job.input["targets"].items():
             manifest = made["parts"][part]["manifest"] | files[f"{part}.parquet"]
-            finish_version(session, target["version_id"], manifest=manifest, report=made["parts"][part]["report"])
+            finish_version(session, target["version_id"], manifest=manifest, report=made["parts"][part]["report"], shards=shards)
     elif job.kind in ("train", "import"):
         register_generation(session, done, made | {"files": files})
         _tell_iteration(session, done)

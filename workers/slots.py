@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import threading
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 FINAL = ("result", "error", "interrupted")
 _SURPRISE = {"class": "permanent", "code": "attempt.surprise", "message": "the worker could not make sense of this job; its log says why"}
+_NAMED_WITHIN = 0.75
+"""Of the time for which a file without a name is kept: what an attempt made must be stored by then."""
 _LISTEN_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -241,7 +244,8 @@ class Slot(threading.Thread):
             return self._fail(watch.job, message["error"], watch), False
         job, storage = watch.job, self._supervisor.storage
         try:
-            files = self._beside(job, lambda: outcomes.store(storage, message["files"]), patient=True)
+            within = self._settings.orphan_grace_seconds * _NAMED_WITHIN or math.inf
+            files = self._beside(job, lambda: outcomes.store(storage, message["files"], within_seconds=within), patient=True)
         except StorageError as error:
             return self._fail(job, outcomes.describe_refusal(error), watch), False
         if files is None:

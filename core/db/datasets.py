@@ -8,13 +8,16 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from core.db.files import name_files
+from core.db.files import list_files, name_files
 from core.db.jobs import NewJob, enqueue
 from core.db.session import now
 from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import AlreadyExists, FolderRefused, InvalidRequest, NotFound, NotReady
 from core.ids import absent, new_id
 from core.settings import S3
+
+SHARD = "shard-"
+"""How the names of files of packed images begin."""
 
 
 def check_folder(folder: str, roots: tuple[Path, ...]) -> Path:
@@ -112,12 +115,12 @@ def get_version(session: Session, version_id: str) -> DatasetVersion:
     return version
 
 
-def origin_of(session: Session, version_id: str) -> str:
-    """Folder, path or address from which the version's images were read, also when it was cut from another one."""
+def source_of(session: Session, version_id: str) -> dict[str, Any]:
+    """From what the version's images were read, also when it was cut from another one."""
     source = get_version(session, version_id).source
     while "split_of" in source:
         source = get_version(session, source["split_of"]).source
-    return str(source.get("path") or source.get("folder") or "")
+    return source
 
 
 def find_version(session: Session, reference: str) -> tuple[Dataset, DatasetVersion]:
@@ -152,8 +155,15 @@ def get_ready_version(session: Session, reference: str, *, kind: str, pointer: s
     return version
 
 
-def finish_version(session: Session, version_id: str, *, manifest: dict[str, Any], report: dict[str, Any]) -> None:
-    """Make the version ready. `manifest`: digest, num_bytes, num_images, num_usable, class_names."""
+def finish_version(
+    session: Session,
+    version_id: str,
+    *,
+    manifest: dict[str, Any],
+    report: dict[str, Any],
+    shards: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Make the version ready. `manifest`: digest, num_bytes, num_images, num_usable, class_names; `shards`: files of packed images."""
     version = get_version(session, version_id)
     version.status = "ready"
     version.manifest_digest = manifest["digest"]
@@ -161,7 +171,14 @@ def finish_version(session: Session, version_id: str, *, manifest: dict[str, Any
     version.num_usable = manifest["num_usable"]
     version.class_names = manifest["class_names"]
     version.report = report
-    name_files(session, version_id, {"manifest.parquet": {"digest": manifest["digest"], "num_bytes": manifest["num_bytes"]}})
+    named = {"manifest.parquet": {"digest": manifest["digest"], "num_bytes": manifest["num_bytes"]}}
+    name_files(session, version_id, named | (shards or {}))
+
+
+def list_shards(session: Session, version_id: str) -> dict[str, dict[str, Any]]:
+    """The files of a version's packed images: name → {digest, num_bytes}."""
+    files = [row for row in list_files(session, version_id) if row.name.startswith(SHARD)]
+    return {row.name: {"digest": row.digest, "num_bytes": row.num_bytes} for row in files}
 
 
 def fail_version(session: Session, version_id: str) -> None:

@@ -5,7 +5,7 @@ A name that exists is complete. Nothing outside this folder builds a path or a k
 
 from __future__ import annotations
 
-from core.storage.digests import CHUNK_BYTES, digest_of, fsync_directory, storage_errors
+from core.storage.digests import CHUNK_BYTES, digest_of, fsync_directory, path_below, storage_errors
 from core.storage.folders import materialize
 from core.storage.interface import Storage
 from core.storage.local import LocalStorage
@@ -21,5 +21,6 @@ __all__ = [
     "fsync_directory",
     "make_storage",
     "materialize",
+    "path_below",
     "storage_errors",
 ]

@@ -32,6 +32,11 @@ def place_of(digest: str) -> tuple[str, str]:
     return digest[:2], digest
 
 
+def path_below(digest: str) -> str:
+    """Path of a stored file below its storage's root."""
+    return "/".join(place_of(digest))
+
+
 def missing(digest: str) -> StorageDamaged:
     """The error of a stored file that is not there."""
     return StorageDamaged(f"the stored file {digest} is missing", digest=digest)

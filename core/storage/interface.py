@@ -18,6 +18,10 @@ class Storage(Protocol):
         for whoever links the file.
         """
 
+    @property
+    def root(self) -> str:
+        """Folder or `s3://…` below which `path_below(digest)` is a stored file, for those that read parts of it where it lies."""
+
     def put(self, path: Path) -> dict[str, Any]:
         """Keep the file; returns {digest, num_bytes}. Keeping the same content again only makes its age start anew."""
 

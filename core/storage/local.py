@@ -23,6 +23,10 @@ class LocalStorage:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    @property
+    def root(self) -> str:
+        return str(self.directory.resolve())
+
     def _path(self, digest: str) -> Path:
         return self.directory.joinpath(*place_of(digest))
 

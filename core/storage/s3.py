@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from core.errors import StorageError
 from core.storage.cache import ObjectCache
-from core.storage.digests import CHUNK_BYTES, altered, digest_of, is_digest, missing, place_of, storage_errors
+from core.storage.digests import CHUNK_BYTES, altered, digest_of, is_digest, missing, path_below, place_of, storage_errors
 
 ATTEMPTS = 4
 """Requests made for one answer, with growing pauses; and connections for one download, each going on where the last one broke."""
@@ -76,8 +76,12 @@ class S3Storage:
         self._lock = threading.Lock()
         self._clients: dict[str, Any] = {}
 
+    @property
+    def root(self) -> str:
+        return f"s3://{self.place.bucket}/{self.place.objects}".rstrip("/")
+
     def _key(self, digest: str) -> str:
-        return self.place.objects + "/".join(place_of(digest))
+        return self.place.objects + path_below(digest)
 
     def put(self, path: Path) -> dict[str, Any]:
         """Upload it, unless the same was kept a short while ago."""

@@ -104,6 +104,20 @@ def test_a_folder_is_registered_by_its_relative_path(call: Call, api: Api, monke
     assert json.loads(text)["kind"] == "ingest"
 
 
+def test_images_are_packed_and_made_smaller_on_demand(call: Call, api: Api) -> None:
+    root = Path(api.services.settings.dataset_roots[0])
+    (root / "large").mkdir(exist_ok=True)
+
+    added = ["datasets", "add", "packed", str(root / "large"), "--kind", "unlabeled", "--no-wait", "--json"]
+    without, _, error = call(*added, "--resize", "256")
+    code, _, _ = call(*added, "--pack", "--resize", "256")
+
+    assert (without, code) == (2, 0)
+    assert "add --pack" in error
+    source = api.client.get("/api/v1/datasets/packed").json()["latest_version"]["source"]
+    assert source["pack"] == {"shard_bytes": 100_000_000, "resize_shorter_side": 256}
+
+
 def test_shards_and_lists_are_registered_with_their_format_and_split(call: Call, api: Api) -> None:
     root = Path(api.services.settings.dataset_roots[0])
     (root / "hub").mkdir(exist_ok=True)

@@ -40,6 +40,10 @@ def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> An
     raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
+Place = Path | str | dict[str, Any]
+"""Of the images of a dataset."""
+
+
 class Processes:
     """Named child processes of a test, each with a log; whatever still runs is killed at the end, by its process id."""
 
@@ -128,9 +132,9 @@ class Service:
         found = subprocess.run(command, env=self.processes.environment, capture_output=True, text=True, timeout=120, check=False)
         assert found.returncode == 0, found.stdout + found.stderr
 
-    def register(self, name: str, kind: str, place: Path | str) -> str:
-        """A folder, or the path or address of anything else."""
-        source = {"folder": str(place)} if isinstance(place, Path) else {"path": place}
+    def register(self, name: str, kind: str, place: Place) -> str:
+        """A folder, the path or address of anything else, or a source as a request names it."""
+        source = {"folder": str(place)} if isinstance(place, Path) else {"path": place} if isinstance(place, str) else place
         job = self.post("/api/v1/datasets", {"name": name, "kind": kind, "source": source})
         finished = self.finished_job(job["id"])
         assert finished["status"] == "succeeded", finished

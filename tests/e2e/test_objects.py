@@ -10,14 +10,14 @@ from uuid import uuid4
 import pytest
 
 from tests.builders_services import S3Server
-from tests.e2e.processes import Service, embedded
+from tests.e2e.processes import Place, Service, embedded
 from tests.e2e.test_whole_loop import POOL, start_run, wait_for_iteration, write_folders
 from tests.ml.builders_sources import write_parquet, write_tars
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 
-def guesses_of(service: Service, places: Mapping[str, Path | str]) -> dict[str, Any]:
+def guesses_of(service: Service, places: Mapping[str, Place]) -> dict[str, Any]:
     """One iteration over these images: every guess with what selection made of it, and the student's bits."""
     run = start_run(service, places, iterations=1)
     iteration = wait_for_iteration(service, run["id"], 1)
@@ -39,18 +39,19 @@ def guesses_of(service: Service, places: Mapping[str, Path | str]) -> dict[str, 
 
 
 def test_a_run_from_shards_tables_and_a_bucket_has_the_pseudo_labels_and_the_student_of_the_folders(
-    tmp_path: Path, s3_server: S3Server
+    tmp_path: Path, s3_server: S3Server, s3_url: str
 ) -> None:
     folders = write_folders(tmp_path / "images")
     bucket = s3_server.directory / f"images-{uuid4().hex}"
     write_folders(bucket)
     write_tars(folders["pool"], bucket / "shards")
-    places: dict[str, Mapping[str, Path | str]] = {
+    places: dict[str, Mapping[str, Place]] = {
         "folder": folders,
         "tar": {name: str(write_tars(folder, tmp_path / "images" / "tars" / name)) for name, folder in folders.items()},
         "parquet": {name: str(write_parquet(folder, tmp_path / "images" / "hub" / name)) for name, folder in folders.items()},
         "bucket": {name: f"s3://{bucket.name}/{name}" for name in folders},
         "shards in a bucket": {name: f"s3://{bucket.name}/{name}" for name in folders} | {"pool": f"s3://{bucket.name}/shards"},
+        "packed into a bucket": {name: {"folder": str(folder), "pack": {"shard_bytes": 1_000_000}} for name, folder in folders.items()},
     }
     settings = {
         "DATASET_ROOTS": f"{tmp_path / 'images'}:s3://{bucket.name}",
@@ -62,7 +63,9 @@ def test_a_run_from_shards_tables_and_a_bucket_has_the_pseudo_labels_and_the_stu
     for layout, named in places.items():
         directory = tmp_path / layout.replace(" ", "-")
         directory.mkdir()
-        with embedded(directory, roots=tmp_path, **{f"NOISY_STUDENT_{name}": value for name, value in settings.items()}) as service:
+        stored = {"STORAGE_URL": s3_url, "S3_ENDPOINT_URL": s3_server.url} if layout.startswith("packed") else {}
+        environment = {f"NOISY_STUDENT_{name}": value for name, value in (settings | stored).items()}
+        with embedded(directory, roots=tmp_path, **environment) as service:
             found[layout] = guesses_of(service, named)
 
     assert len(found["folder"]["items"]) == POOL

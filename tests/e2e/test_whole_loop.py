@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.processes import Service, embedded, fleet, follow, start_celery_worker, wait_until
+from tests.e2e.processes import Place, Service, embedded, fleet, follow, start_celery_worker, wait_until
 from tests.ml.builders_images import write_class_folders, write_image
 
 pytestmark = pytest.mark.timeout(900)
@@ -36,7 +36,7 @@ def write_folders(root: Path) -> dict[str, Path]:
 
 
 def start_run(
-    service: Service, folders: Mapping[str, Path | str], *, iterations: int | str, recipe: dict[str, Any] | None = None
+    service: Service, folders: Mapping[str, Place], *, iterations: int | str, recipe: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     service.register("labeled", "labeled", folders["labeled"])
     service.register("pool", "unlabeled", folders["pool"])

@@ -92,6 +92,31 @@ def test_an_address_outside_the_roots_is_refused(tmp_path: Path, source: dict[st
     assert problem["errors"][0]["pointer"] == f"/source/{next(iter(source))}"
 
 
+def test_packing_is_a_part_of_the_source_and_of_the_job(api: Api, tmp_path: Path) -> None:
+    source = {"folder": str(tmp_path / "root" / "images"), "pack": {"resize_shorter_side": 256}}
+
+    answer = api.client.post("/api/v1/datasets", json={"name": "packed", "kind": "unlabeled", "source": source})
+    wrong = {"path": source["folder"], "pack": {"resize_shorter_side": 3}}
+    refused = api.client.post("/api/v1/datasets", json={"name": "other", "kind": "unlabeled", "source": wrong})
+
+    pack = {"shard_bytes": 100_000_000, "resize_shorter_side": 256}
+    assert answer.status_code == 202, answer.text
+    assert api.client.get("/api/v1/datasets/packed").json()["latest_version"]["source"] == source | {"pack": pack}
+    with api.database.reading() as session:
+        assert session.get_one(Job, answer.json()["id"]).input["pack"] == pack
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/source/pack/resize_shorter_side")
+
+
+def test_packing_is_refused_where_attempts_could_not_read_the_shards(tmp_path: Path) -> None:
+    stores = {"storage_url": "s3://kept", "s3_endpoint_url": "http://one:9000", "dataset_s3_endpoint_url": "http://other:9000"}
+    with api_in_process(tmp_path, **stores) as api:
+        body = {"name": "packed", "kind": "unlabeled", "source": {"path": str(tmp_path), "pack": {}}}
+        answer = api.client.post("/api/v1/datasets", json=body)
+
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/source/pack")
+    assert "attempts read datasets from http://other:9000" in answer.json()["detail"]
+
+
 def test_roots_in_s3_stand_among_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOISY_STUDENT_DATASET_ROOTS", f"s3://pool/images/:{tmp_path}:s3://other")
 

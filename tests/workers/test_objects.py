@@ -12,16 +12,20 @@ from uuid import uuid4
 
 import pytest
 
-from core.db.datasets import add_version, create_dataset, get_version, origin_of
+from core.db.datasets import add_version, create_dataset, get_version, source_of
+from core.db.files import list_files
+from core.db.jobs import NewJob
 from core.db.session import Database
+from core.db.tables import Job
 from core.settings import Settings
-from core.storage import LocalStorage
+from core.storage import LocalStorage, make_storage
 from ml.manifest import Manifest
 from tests.builders_services import S3Server, running_s3, wait_until
 from tests.ml.builders_images import write_class_folders
 from tests.ml.builders_sources import write_tars
 from tests.workers.builders import (
     add_ingest,
+    add_jobs,
     kinds_of,
     make_settings,
     read_events,
@@ -33,6 +37,7 @@ from tests.workers.builders import (
 )
 from tests.workers.test_attempts import frozen_child
 from workers.child import find_access
+from workers.inputs import Inputs
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_a_part_of_a_split_lies_where_the_whole_lies(database: Database, tmp_pat
         whole, _ = add_version(session, create_dataset(session, name="all", kind="labeled"), source={"path": "s3://b/x"}, ingest=False)
         origin = {"split_of": whole.id, "part": "unlabeled"}
         part, _ = add_version(session, create_dataset(session, name="part", kind="unlabeled"), source=origin, ingest=False)
-        assert origin_of(session, part.id) == "s3://b/x"
+        assert source_of(session, part.id) == {"path": "s3://b/x"}
 
 
 @pytest.mark.parametrize(
@@ -171,3 +176,51 @@ def test_a_store_that_is_away_costs_an_attempt_and_no_job(database: Database, tm
     assert job.status == "succeeded", job.error
     errors = [event.data["error"] for event in read_events(database, job_id) if event.kind == "retrying"]
     assert {(error["class"], error["code"]) for error in errors} == {("retryable", "storage.unavailable")}
+
+
+@pytest.mark.parametrize("kept_in", ["folder", "bucket"])
+def test_packed_images_are_stored_named_and_read_by_attempts_after_their_source_is_gone(
+    database: Database, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_in: str
+) -> None:
+    folder = write_folder(tmp_path)
+    key = {"dataset_s3_access_key_id": s3_server.access_key, "dataset_s3_secret_access_key": s3_server.secret_key}
+    stored = {"storage_url": s3_server.make_bucket(f"stored-{uuid4().hex}"), "s3_endpoint_url": s3_server.url, **key}
+    settings = make_settings(tmp_path, database, **(stored if kept_in == "bucket" else {}))
+    with database.transaction() as session:
+        dataset = create_dataset(session, name="packed", kind="labeled")
+        source = {"path": str(folder), "format": "auto", "split": None, "pack": {"shard_bytes": 3000, "resize_shorter_side": None}}
+        version, job = add_version(session, dataset, source=source)
+        assert job is not None
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    with running_worker(settings, tmp_path):
+        ended = wait_for_end(database, job.id)
+        assert ended.status == "succeeded", ended.error
+        target, _ = add_part(database, version.id)
+        wanted = {"source_version_id": version.id, "targets": {"labeled": {"version_id": target, "share": "rest"}}, "seed": 0}
+        split = wait_for_end(database, add_jobs(database, NewJob(kind="split", input=wanted))[0])
+        shutil.rmtree(folder)
+        with database.reading() as session:
+            named = {row.name: row.digest for row in list_files(session, version.id)}
+            of_part = {row.name for row in list_files(session, target)}
+            report = get_version(session, version.id).report or {}
+        storage = make_storage(settings)
+        manifest = Manifest.read(storage.fetch(named["manifest.parquet"]))
+        for digest in named.values():
+            storage.verify(digest)
+
+    assert split.status == "succeeded", split.error
+    assert len(named) == report["packed"]["num_shards"] + 1 > 3
+    assert of_part == set(named)
+    assert {f"{digest[:2]}/{digest}" for name, digest in named.items() if name != "manifest.parquet"} == set(manifest.column("container"))
+    inputs = Inputs(database, storage, settings, capabilities=("cpu",))
+    labeling = Job(kind="label", input={"version_id": target})
+    assert bool(inputs.access(labeling)) == (kept_in == "bucket")
+
+
+def add_part(database: Database, version_id: str) -> tuple[str, str]:
+    with database.transaction() as session:
+        dataset = create_dataset(session, name="part", kind="labeled")
+        version, _ = add_version(session, dataset, source={"split_of": version_id, "part": "labeled"}, ingest=False)
+        return version.id, dataset.id
