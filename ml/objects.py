@@ -29,6 +29,7 @@ THREADS = 32
 """Requests that a process has open at a time."""
 _PIECE_BYTES = 8 << 20
 _SMALLEST_BLOCK = 64 << 10
+_LARGEST_BLOCK = 4 * _PIECE_BYTES
 _PAGE = 1000
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
@@ -252,13 +253,15 @@ class ObjectFile(io.RawIOBase):
 
     def _at(self, start: int, length: int) -> bytes:
         end = self._first + len(self._kept)
+        if not length:
+            return b""
         if not self._first <= start <= start + length <= end:
             # What is large, or lies behind, is no part of going on.
             if length >= _SMALLEST_BLOCK or start < self._first:
                 return self._fetch(start, length)
             goes_on = start - end <= self._block
-            self._block = min(2 * self._block, _PIECE_BYTES) if goes_on and self._block else _SMALLEST_BLOCK
-            self._first, self._kept = start, self._fetch(start, self._block)
+            self._block = min(2 * self._block, _LARGEST_BLOCK) if goes_on and self._block else _SMALLEST_BLOCK
+            self._first, self._kept = start, self._fetch(start, min(self._block, self.size - start))
         return self._kept[start - self._first : start - self._first + length]
 
     def _fetch(self, start: int, length: int) -> bytes:
