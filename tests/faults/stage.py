@@ -16,13 +16,10 @@ import httpx
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from core.db import jobs
 from core.db.api_keys import create_api_key
-from core.db.generations import register_generation
 from core.db.schema import migrate
 from core.db.session import Database
 from core.db.tables import Job, SingletonLease
-from core.ids import new_id
 from core.lifecycle import SCOPES
 from core.settings import Settings
 from core.storage import LocalStorage
@@ -30,7 +27,7 @@ from tests.builders_services import free_port, wait_until
 from tests.faults.members import Member, Members, command_of
 from tests.faults.proxy import Proxy, connect_to
 from tests.faults.servers import Postgresql, Redis
-from tests.server.builders_service import COLORS, write_generation_files
+from tests.server.builders_service import COLORS, register_network, write_generation_files
 
 LEASE_SECONDS = 3.0
 QUICK = {
@@ -172,18 +169,7 @@ class Stage:
 
     def register(self, folder: Path, *, name: str, class_names: list[str]) -> str:
         """A folder of an exported network as a generation."""
-        files = {path.relative_to(folder).as_posix(): self.storage.put(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-        metrics = {"role": "imported", "architecture": "colors", "num_parameters": 9, "validation": None, "test": None}
-        wanted = jobs.NewJob(kind="import", input={"folder": str(folder), "name": name}, generation_id=new_id("generation"))
-        with self.database.transaction() as session:
-            jobs.enqueue(session, [wanted])
-            claimed = jobs.claim(session, holder="stage", capabilities=["cpu"], lease_seconds=60, job_id=wanted.id)
-            assert claimed is not None
-            done = jobs.succeed(session, wanted.id, token=claimed.token, result={"generation_id": wanted.generation_id})
-            assert done is not None
-            register_generation(session, done, {"files": files, "metrics": metrics, "class_names": class_names})
-        assert wanted.generation_id is not None
-        return wanted.generation_id
+        return register_network(self.database, self.storage, folder, name=name, class_names=class_names)
 
     def fill_disk(self) -> None:
         """No room for anything new, at once and for everybody."""

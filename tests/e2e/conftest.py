@@ -1,0 +1,38 @@
+"""What several of these tests compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import embedded
+from tests.e2e.test_fleet import outcome_of, wait_for_run
+from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
+
+# Half a minute or more of training: time for a service to be replaced or to be brought elsewhere meanwhile.
+TEACHER = {"steps": 1800, "batch_size": 18, "evaluate_every_steps": 500, "ema_decay": 0.9, "checkpoint_every_seconds": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """A run of one iteration that nothing happened to."""
+
+    recipe: dict[str, Any]
+    folders: dict[str, Path]
+    root: Path
+    """Of the folders."""
+    outcome: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same recipe and images bring every other run to the same weights and labels."""
+    root, recipe = tmp_path_factory.mktemp("images"), {**RECIPE, "teacher": {"training": TEACHER}}
+    folders = write_folders(root)
+    with embedded(tmp_path_factory.mktemp("calm"), roots=root) as service:
+        run = start_run(service, folders, iterations=1, recipe=recipe)
+        wait_for_run(service, run["id"], seconds=600)
+        return Undisturbed(recipe, folders, root, outcome_of(service, run["id"]))
