@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.loopback import Loopback
 from tests.e2e.processes import embedded
 from tests.e2e.test_fleet import outcome_of, wait_for_run
 from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
@@ -25,6 +28,15 @@ class Undisturbed:
     root: Path
     """Of the folders."""
     outcome: dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_is_left_behind(tmp_path: Path) -> Iterator[None]:
+    """Where tests run as root, a fleet's PostgreSQL keeps its files outside of the fleet's own directory, in a place named after it."""
+    yield
+    cluster = Loopback((tmp_path / "fleet").resolve(), {}, shares_data=True).postgres
+    if not cluster.is_relative_to(tmp_path):
+        shutil.rmtree(cluster.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
