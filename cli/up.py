@@ -19,7 +19,7 @@ import typer
 from cli.invocation import Invocation, get_invocation
 from cli.processes import Service, hold_lock
 from core.db.api_keys import create_api_key
-from core.db.schema import check_schema, newest_revision
+from core.db.schema import MIGRATION_SECONDS, check_schema, newest_revision
 from core.db.schema import migrate as bring_up_to_date
 from core.db.session import Database
 from core.db.tables import ApiKey
@@ -109,7 +109,7 @@ def existing_database(settings: Settings) -> Iterator[Database]:
         raise SetupError(f"there is no database in {settings.data_directory}; name the right one with --data-directory")
     database = Database(settings.resolved_database_url, idle_transaction_seconds=3600)
     try:
-        check_schema(database)
+        check_schema(database, exactly=True)
         yield database
     except sa.exc.SQLAlchemyError as error:
         raise SetupError(f"the database cannot be read: {str(error).splitlines()[0]}") from error
@@ -119,7 +119,7 @@ def existing_database(settings: Settings) -> Iterator[Database]:
 
 def _open(settings: Settings) -> Database:
     try:
-        return Database(settings.resolved_database_url)
+        return Database(settings.resolved_database_url, silence_seconds=MIGRATION_SECONDS + 5)
     except (sa.exc.ArgumentError, ImportError) as error:
         # An address that SQLAlchemy cannot read, or a driver that is not installed.
         raise SetupError(f"NOISY_STUDENT_DATABASE_URL cannot be opened: {error}") from error

@@ -30,7 +30,8 @@ ServiceError
 └── SetupError                 this process cannot start; said in one line, exit code 2
     ├── DataDirectoryRefused   not writable, or another `up` holds it
     ├── PortInUse              another process listens there
-    └── SchemaMismatch         the database's migration is not the code's
+    ├── SchemaMismatch         the database's migration is not one that this code goes with
+    └── SchemaBusy             a migration found its tables in use again and again
 """
 
 from __future__ import annotations
@@ -164,4 +165,8 @@ class PortInUse(SetupError):
 
 
 class SchemaMismatch(SetupError):
-    """The database's migration is not the one this code was written for."""
+    """The database's migration is not one that this code goes with."""
+
+
+class SchemaBusy(SetupError):
+    """A migration found its tables in use again and again; nothing of it was done."""

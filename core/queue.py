@@ -67,6 +67,8 @@ def make_celery(redis_url: str) -> Celery:
     app = Celery("noisy-student", broker=redis_url)
     app.conf.update(
         accept_content=["json"],
+        # A worker does without the broker, so it waits for it for as long as it takes. Celery's own patience ends after a hundred tries.
+        broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_connection_timeout=2,
         broker_transport_options={"socket_timeout": 10, "socket_connect_timeout": 2, "socket_keepalive": True, "max_retries": 1},

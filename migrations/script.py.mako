@@ -1,6 +1,7 @@
 """${message}
 
-Expand first, contract in a later release: running workers of the old version must survive this.
+Expand first, contract in a later release: running processes of the old version must survive this. What they go on over says so in its
+name: `0004_serves_0003` goes with code that was written for 0003; `0004` alone takes every older process out (docs/decisions/0025).
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     errors.DataDirectoryRefused: (500, "data_directory_refused"),
     errors.PortInUse: (500, "port_in_use"),
     errors.SchemaMismatch: (503, "schema_mismatch"),
+    errors.SchemaBusy: (503, "schema_busy"),
     ml_errors.MlError: (422, "invalid_request"),
     ml_errors.RecipeError: (422, "invalid_recipe"),
     ml_errors.UnknownArchitecture: (422, "unknown_architecture"),

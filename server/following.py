@@ -13,7 +13,7 @@ from time import monotonic
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from core.db.schema import current_revision, newest_revision
+from core.db.schema import current_revision, find_mismatch
 from core.db.session import Database
 from core.db.tables import Alias, Generation
 from core.errors import ServiceError
@@ -68,8 +68,7 @@ class Following:
         self._failures: dict[str, Failure] = {}
         self._loads: dict[str, threading.Thread] = {}
         self._late: dict[str, float] = {}
-        self._revision: str | None = None
-        self._newest: str | None = None
+        self._mismatch: str | None = None
         self._looked_at, self._failed_at = -inf, -inf
         self._problem: str | None = None
         self._look_number, self._silent_look = 0, -1
@@ -107,7 +106,7 @@ class Following:
         self._look_number += 1
         self._looking = True
         try:
-            revision, targets, deleted = self._read()
+            mismatch, targets, deleted = self._read()
         except sa.exc.SQLAlchemyError as error:
             self._note_outage(f"the database does not answer: {type(error).__name__}")
             return
@@ -119,7 +118,7 @@ class Following:
             if began < self._looked_at:
                 # A thread that was given up on has come back with old news.
                 return
-            self._revision, self._targets = revision, targets
+            self._mismatch, self._targets = mismatch, targets
             if began - self._looked_at > FRESH_SECONDS:
                 # After a freeze: what the rows name now was named a while ago, so requests wait for its loading too.
                 self._late = dict.fromkeys(self._behind(), monotonic() + CATCH_UP_SECONDS)
@@ -129,13 +128,12 @@ class Following:
             self._load(alias)
 
     def _read(self) -> tuple[str | None, dict[str, Target], set[str]]:
-        self._newest = self._newest or newest_revision()
         kept = self._predictor.kept()
-        revision = current_revision(self._database)
+        mismatch = find_mismatch(current_revision(self._database))
         with self._database.reading() as session:
             rows = session.execute(sa.select(Alias.name, Alias.generation_id, Alias.version)).all()
             there = set(session.scalars(sa.select(Generation.id).where(Generation.id.in_(kept)))) if kept else set()
-        return revision, {name: Target(generation_id, version) for name, generation_id, version in rows}, set(kept) - there
+        return mismatch, {name: Target(generation_id, version) for name, generation_id, version in rows}, set(kept) - there
 
     def _note_outage(self, problem: str) -> None:
         with self._changed:
@@ -234,7 +232,7 @@ class Following:
         checks = {"database": self._check_database(), "aliases": "ok"}
         if age > FOLLOWED_SECONDS:
             checks["aliases"] = "the alias rows have not been read yet" if age == inf else f"the alias rows were last read {age:.0f} s ago"
-        ready = self._revision == self._newest and age <= (FOLLOWED_SECONDS if self._problem is None else OUTAGE_SECONDS)
+        ready = self._mismatch is None and age <= (FOLLOWED_SECONDS if self._problem is None else OUTAGE_SECONDS)
         served = self._predictor.versions()
         for alias, target in sorted(self._targets.items()):
             checks[f"alias {alias}"] = self._check_alias(alias, target, served.get(alias))
@@ -245,9 +243,7 @@ class Following:
     def _check_database(self) -> str:
         if self._problem is not None:
             return f"{self._problem}; what is in memory goes on answering"
-        if self._revision != self._newest:
-            return f"the database has schema {self._revision}, this version needs {self._newest}"
-        return "ok"
+        return self._mismatch or "ok"
 
     def _check_alias(self, alias: str, target: Target, served: int | None) -> str:
         if served is not None and served >= target.version:

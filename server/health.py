@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import sqlalchemy.exc
@@ -10,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from core.db.schema import current_revision, newest_revision
+from core.db.schema import current_revision, find_mismatch
 from core.errors import PredictorHung, StorageError
 from core.version import VERSION
 from server.dependencies import Services, ServicesDep
@@ -53,7 +52,7 @@ async def get_liveness(services: ServicesDep) -> Liveness:
     responses={503: {"model": Readiness, "description": "Not ready; `checks` says why."}},
 )
 def get_readiness(services: ServicesDep) -> Response:
-    """Database reachable, its schema the one this version needs, storage there."""
+    """Database reachable, its schema one that this version goes with, storage there."""
     checks = {"database": _check_database(services), "storage": _check_storage(services)}
     ready = all(answer == "ok" for answer in checks.values())
     body = Readiness(status="ready" if ready else "not ready", checks=checks)
@@ -79,17 +78,12 @@ async def get_predictor_readiness(services: ServicesDep) -> Response:
     return JSONResponse(Readiness(status="ready" if ready else "not ready", checks=checks).model_dump(mode="json"), 200 if ready else 503)
 
 
-@cache
-def _newest() -> str:
-    return newest_revision()
-
-
 def _check_database(services: Services) -> str:
     try:
-        current = current_revision(services.database)
+        problem = find_mismatch(current_revision(services.database))
     except sqlalchemy.exc.SQLAlchemyError as error:
         return f"the database does not answer: {type(error).__name__}"
-    return "ok" if current == _newest() else f"the database has schema {current}, this version needs {_newest()}"
+    return problem or "ok"
 
 
 def _check_storage(services: Services) -> str:

@@ -35,12 +35,12 @@ def refuse_without_broker(**_: Any) -> None:
         raise SystemExit(2)
 
 
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]
-def start(sender: Any, **_: Any) -> None:
-    """Celery consumes: begin to work. A worker that cannot start ends with status 2."""
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def start(instance: Any, **_: Any) -> None:
+    """Begin to work, while Celery still looks for the broker: it may be away. A worker that cannot start ends with status 2."""
     global _worker
     configure_logs(json_lines=not sys.stderr.isatty())
-    capabilities = tuple(sorted(sender.app.amqp.queues.consume_from))
+    capabilities = tuple(sorted(instance.app.amqp.queues.consume_from))
     try:
         _worker = FullWorker(settings, capabilities=capabilities, on_crash=give_up)
         _worker.start()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.errors import StorageError
+from core.errors import StorageDamaged, StorageError
 from core.storage.cache import ObjectCache
 from core.storage.digests import CHUNK_BYTES, altered, digest_of, is_digest, missing, path_below, place_of, storage_errors
 
@@ -119,13 +120,23 @@ class S3Storage:
             path = self.cache.find(digest)
             if path is not None and (not verify or digest_of(path) == digest):
                 return path
-            with self.cache.adding(digest) as file:
-                for chunk in self._read(digest):
-                    file.write(chunk)
+            self._look_twice(lambda: self._download(digest))
             path = self.cache.find(digest)
         if path is None:
             raise StorageError(f"{doing} failed: the copy in {self.cache.directory} was removed by somebody else")
         return path
+
+    def _download(self, digest: str) -> None:
+        with self.cache.adding(digest) as file:
+            for chunk in self._read(digest):
+                file.write(chunk)
+
+    def _look_twice(self, look: Callable[[], object]) -> None:
+        """What arrives altered once may have been altered on its way; what does so twice is."""
+        try:
+            look()
+        except StorageDamaged:
+            look()
 
     def _read(self, digest: str) -> Iterator[bytes]:
         """The object's content; at its end StorageDamaged when it is not what the digest says."""
@@ -172,8 +183,7 @@ class S3Storage:
     def verify(self, digest: str) -> None:
         """Download it, keeping nothing."""
         with self._s3_errors(f"reading {digest}"):
-            for _ in self._read(digest):
-                pass
+            self._look_twice(lambda: deque(self._read(digest), maxlen=0))
 
     def remove(self, digest: str, *, unless_touched_within_seconds: float = 0) -> None:
         """Delete the object; copies stay until their hosts need the room."""

@@ -20,14 +20,22 @@ from core.storage.cache import ObjectCache
 from core.storage.making import read_place
 from core.storage.s3 import ATTEMPTS
 from tests.builders_services import S3Server, running_s3, wait_until
+from tests.faults.s3_proxy import S3Proxy, Trouble
 
 HOUR = 3600.0
 
 
 def make_s3(
-    server: S3Server, url: str, directory: Path, *, max_bytes: int = 10**9, keep_seconds: float = HOUR, **options: Any
+    server: S3Server,
+    url: str,
+    directory: Path,
+    *,
+    max_bytes: int = 10**9,
+    keep_seconds: float = HOUR,
+    endpoint_url: str | None = None,
+    **options: Any,
 ) -> S3Storage:
-    settings = Settings(storage_url=url, s3_endpoint_url=server.url, data_directory=directory)
+    settings = Settings(storage_url=url, s3_endpoint_url=endpoint_url or server.url, data_directory=directory)
     cache = ObjectCache(settings.cache_directory / "objects", max_bytes=max_bytes, keep_seconds=keep_seconds)
     return S3Storage(read_place(settings), cache, **{"renew_seconds": HOUR, **options})
 
@@ -129,6 +137,42 @@ def test_an_altered_copy_is_brought_again_when_it_matters(storage: S3Storage, tm
     copy.write_bytes(b"Weights")
 
     assert storage.fetch(digest, verify=True).read_bytes() == b"weights"
+
+
+def test_what_was_altered_on_its_way_is_asked_for_again(s3_server: S3Server, s3_url: str, storage: S3Storage, tmp_path: Path) -> None:
+    digest = storage.put(make_file(tmp_path))["digest"]
+    line = S3Proxy(s3_server.port)
+    try:
+        far = make_s3(s3_server, s3_url, tmp_path / "far", endpoint_url=line.url)
+        line.begin("altered")
+
+        path = far.fetch(digest)
+        line.begin("altered")
+        far.verify(digest)
+    finally:
+        line.close()
+
+    assert path.read_bytes() == b"weights"
+    assert line.count("altered") == 2
+
+
+@pytest.mark.parametrize("trouble", ["refused", "reset", "cut", "slow"])
+def test_a_store_that_fails_now_and_then_is_asked_again(
+    s3_server: S3Server, s3_url: str, storage: S3Storage, tmp_path: Path, trouble: Trouble
+) -> None:
+    line = S3Proxy(s3_server.port, seed=1)
+    try:
+        far = make_s3(s3_server, s3_url, tmp_path / "far", endpoint_url=line.url)
+        line.begin(trouble, share=0.4)
+        contents = [bytes([number]) * 1000 for number in range(4)]
+
+        kept = [far.put(make_file(tmp_path, content))["digest"] for content in contents]
+        brought = [far.fetch(digest).read_bytes() for digest in kept]
+    finally:
+        line.close()
+
+    assert brought == contents
+    assert line.count(trouble) > 0
 
 
 def test_a_missing_bucket_is_named(s3_server: S3Server, s3_credentials: None, tmp_path: Path) -> None:

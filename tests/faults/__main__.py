@@ -10,7 +10,8 @@ from tests.faults.plan import KINDS, kinds_of
 from tests.faults.report import tables, write_report
 from tests.faults.runner import Outcome, run_chaos
 
-DATABASES = ("sqlite", "postgresql")
+DATABASES = {"sqlite": "folder", "postgresql": "bucket"}
+"""Each with the storage that it is tried with, unless another is asked for."""
 
 
 def read_arguments() -> argparse.Namespace:
@@ -18,10 +19,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="draws the order of the faults and what the clients want")
     parser.add_argument("--minutes", type=float, default=10.0, help="of faults, in all; shared by the databases")
     parser.add_argument("--database", choices=(*DATABASES, "both"), default="both")
+    parser.add_argument("--storage", choices=("folder", "bucket"), help="where files are kept; default: each database with its own")
     parser.add_argument("--report", type=Path, help="where JSON and tables go, with .json and .md")
     parser.add_argument("--workers", type=int, default=3, help="worker processes")
     parser.add_argument("--no-training", action="store_true", help="neither runs nor labels, which need torch")
-    parser.add_argument("--only", action="append", help="only faults of this name; may be repeated")
+    parser.add_argument("--only", action="append", help="only faults of this name; may be repeated. Some take minutes and come only so")
     parser.add_argument("--logs", type=Path, help="where the processes' logs go when something was wrong")
     return parser.parse_args()
 
@@ -32,12 +34,15 @@ def main() -> int:
     if set(arguments.only or ()) - known:
         print(f"error: known faults are {', '.join(sorted(known))}", file=sys.stderr)
         return 2
-    databases = DATABASES if arguments.database == "both" else (arguments.database,)
+    databases = list(DATABASES) if arguments.database == "both" else [arguments.database]
     outcomes: list[Outcome] = []
     for database in databases:
-        kinds = [kind for kind in kinds_of(database, trains=not arguments.no_training) if not arguments.only or kind.name in arguments.only]
+        storage = arguments.storage or DATABASES[database]
+        kinds = kinds_of(database, storage, trains=not arguments.no_training)
+        kinds = [kind for kind in kinds if (kind.name in arguments.only if arguments.only else not kind.takes_minutes)]
         outcome = run_chaos(
             database,
+            storage,
             seed=arguments.seed,
             minutes=arguments.minutes / len(databases),
             kinds=kinds,

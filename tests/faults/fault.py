@@ -16,8 +16,11 @@ from tests.faults.members import Member
 from tests.faults.stage import LEASE_SECONDS, Stage
 
 BEYOND_LEASE_SECONDS = 1.5 * LEASE_SECONDS
+BEYOND_LEASES_SECONDS = 3.2 * LEASE_SECONDS
+"""Every lease that somebody could renew just before has run out, and those of whoever took over too."""
 SQLITE, POSTGRESQL = ("sqlite",), ("postgresql",)
 BOTH = SQLITE + POSTGRESQL
+FOLDER, BUCKET = ("folder",), ("bucket",)
 
 
 class NotNow(Exception):
@@ -74,6 +77,9 @@ class Fault(ABC):
     concerns: ClassVar[str]
     """jobs, messages, storage, database, promotion or predictor."""
     databases: ClassVar[tuple[str, ...]] = BOTH
+    storages: ClassVar[tuple[str, ...]] = FOLDER + BUCKET
+    takes_minutes: ClassVar[bool] = False
+    """It comes only when it is asked for by name."""
     needs_training: ClassVar[bool] = False
 
     @abstractmethod

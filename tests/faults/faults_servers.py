@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from core.queue import make_queue
-from tests.faults.fault import BEYOND_LEASE_SECONDS, POSTGRESQL, SQLITE, Fault, NotNow, Scene, beyond_lease
+from tests.faults.fault import BEYOND_LEASE_SECONDS, BEYOND_LEASES_SECONDS, POSTGRESQL, SQLITE, Fault, NotNow, Scene, beyond_lease
 from tests.faults.members import Member
 from tests.faults.servers import Postgresql, Redis
 
@@ -28,30 +28,38 @@ def redis_of(scene: Scene) -> Redis:
 
 
 class DatabaseStopped(Fault):
-    """PostgreSQL is killed and stays away for longer than a lease; meanwhile a worker is killed too, and has to start without it."""
+    """PostgreSQL is killed and stays away for longer than three leases; meanwhile a worker is killed too, and has to start without it."""
 
     name, concerns, databases = "database stopped", "database", POSTGRESQL
+    away_seconds = BEYOND_LEASES_SECONDS
 
     def strike(self, scene: Scene) -> dict[str, Any]:
         server, also = postgresql_of(scene), scene.chance.random() < 0.5
         server.stop()
         if also:
             scene.a_worker().signal(signal.SIGKILL)
-        beyond_lease(scene)
+        time.sleep(self.away_seconds)
         server.start()
         return {"worker_killed": also}
 
 
+class DatabaseAwayForMinutes(DatabaseStopped):
+    """The same for five minutes, at the leases of a chaos run a hundred of them."""
+
+    name, takes_minutes, away_seconds = "database stopped for five minutes", True, 300.0
+
+
 class DatabaseLocked(Fault):
-    """Somebody holds SQLite's write lock for longer than a lease."""
+    """Somebody holds SQLite's write lock for longer than three leases."""
 
     name, concerns, databases = "database locked", "database", SQLITE
+    away_seconds = BEYOND_LEASES_SECONDS
 
     def strike(self, scene: Scene) -> dict[str, Any]:
         path = scene.stage.database_url.removeprefix("sqlite:///")
         with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            beyond_lease(scene)
+            time.sleep(self.away_seconds)
             connection.execute("ROLLBACK")
         return {}
 
@@ -181,12 +189,19 @@ class BrokerStopped(Fault):
     """Redis is killed and started again later."""
 
     name, concerns, databases = "broker stopped", "messages", POSTGRESQL
+    away_seconds = BEYOND_LEASE_SECONDS
 
     def strike(self, scene: Scene) -> dict[str, Any]:
         redis_of(scene).stop()
-        beyond_lease(scene)
+        time.sleep(self.away_seconds)
         redis_of(scene).start()
         return {}
+
+
+class BrokerAwayForMinutes(BrokerStopped):
+    """The same for five minutes: workers look for themselves meanwhile."""
+
+    name, takes_minutes, away_seconds = "broker stopped for five minutes", True, 300.0
 
 
 class BrokerSlow(Fault):
@@ -222,6 +237,7 @@ class BrokerCut(Fault):
 
 KINDS: tuple[type[Fault], ...] = (
     DatabaseStopped,
+    DatabaseAwayForMinutes,
     DatabaseLocked,
     ConnectionsEnded,
     DatabaseSlow,
@@ -231,6 +247,7 @@ KINDS: tuple[type[Fault], ...] = (
     MessagesMultiplied,
     MessagesDropped,
     BrokerStopped,
+    BrokerAwayForMinutes,
     BrokerSlow,
     BrokerCut,
 )

@@ -56,7 +56,7 @@ def damaged(scene: Scene, how: Literal["flipped", "removed"]) -> Iterator[str]:
     with stage.database.reading() as session:
         named = sa.select(StoredFile.digest).where(StoredFile.owner_id == scene.victim, StoredFile.name == "model.onnx")
         digest: str = session.scalars(named).one()
-    path = stage.storage.fetch(digest)
+    path = stage.path_of(digest)
     content, aside = path.read_bytes(), path.with_name(f"{path.name}.kept")
     if how == "removed":
         path.rename(aside)

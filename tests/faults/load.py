@@ -21,6 +21,7 @@ from tests.ml.builders_images import encode, write_class_folders, write_flat_fol
 API = "/api/v1"
 NUM_FOLDERS = 4
 NUM_POOL = 24
+NUM_POISON = 400
 SHARD_SIZE = 8
 MOST_OPEN = 5
 LABEL_SECONDS = 45.0
@@ -79,6 +80,8 @@ class Load:
         for number in range(NUM_FOLDERS):
             write_class_folders(images / f"labeled-{number}", {"cat": 3, "dog": 3}, first=100 * number, size=16)
             write_flat_folder(images / f"flat-{number}", 6, first=5000 + 100 * number, size=16)
+        # So many that an attempt can be met in the middle.
+        write_flat_folder(images / "poison", NUM_POISON, first=60_000, size=16)
         classes = {"blue": 12, "green": 12, "red": 12}
         write_class_folders(images / "run-labeled", classes, first=20_000)
         write_class_folders(images / "run-test", dict.fromkeys(classes, 8), first=30_000)
@@ -182,6 +185,15 @@ class Load:
             raise
         self.ledger.versions_wanted |= {f"{prefix}-labeled": 1, f"{prefix}-unlabeled": 1}
         return one
+
+    def split_a_new_one(self, number: int) -> None:
+        """A dataset of its own, with images that no other has, cut in two as soon as it has been read."""
+        name, folder = f"data-{number}", self.stage.images / f"new-{number}"
+        write_class_folders(folder, {"cat": 3, "dog": 3}, first=number, size=16)
+        self.read_folder(name, "labeled", folder)
+        deadline = time.monotonic() + 20
+        while self.split(number, dataset=name) is None and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def label_pool(self) -> Accepted | None:
         """The pool's shards, labeled by the teacher, then a selection."""

@@ -45,6 +45,7 @@ def _cells(outcome: Outcome, kind: str | None) -> tuple[str, str]:
 def _sums(outcomes: Sequence[Outcome]) -> list[str]:
     lines = [f"| | {' | '.join(outcome.database for outcome in outcomes)} |", "| --- |" + " --- |" * len(outcomes)]
     rows = {
+        "files in": [outcome.storage for outcome in outcomes],
         "seed": [str(outcome.seed) for outcome in outcomes],
         "minutes": [f"{outcome.seconds / 60:.1f}" for outcome in outcomes],
         "faults": [str(len(outcome.struck)) for outcome in outcomes],

@@ -52,6 +52,7 @@ class Outcome:
     """All of one database."""
 
     database: str
+    storage: str
     seed: int
     seconds: float = 0.0
     struck: list[Struck] = field(default_factory=list)
@@ -82,7 +83,7 @@ class ChaosRun:
         self.minutes = minutes
         self.kinds = kinds
         self.trains = trains
-        self.outcome = Outcome(stage.kind, stage.seed)
+        self.outcome = Outcome(stage.kind, stage.storage_kind, stage.seed)
         self.ledger = Ledger()
         self.known_jobs: set[str] = set()
         self._put_off: list[type[Fault]] = []
@@ -249,10 +250,18 @@ class ChaosRun:
 
 
 def run_chaos(
-    database: str, *, seed: int, minutes: float, kinds: Sequence[type[Fault]], trains: bool, num_workers: int, logs: Path | None
+    database: str,
+    storage: str,
+    *,
+    seed: int,
+    minutes: float,
+    kinds: Sequence[type[Fault]],
+    trains: bool,
+    num_workers: int,
+    logs: Path | None,
 ) -> Outcome:
     """Over one database; the processes' logs go to `logs` when something was wrong."""
-    with set_up(database, seed=seed, num_workers=num_workers) as stage:
+    with set_up(database, storage, seed=seed, num_workers=num_workers) as stage:
         outcome = ChaosRun(stage, minutes=minutes, kinds=kinds, trains=trains).run()
         if logs is not None and not outcome.is_clean:
             keep_logs(stage, logs / database)

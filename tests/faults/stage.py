@@ -16,21 +16,21 @@ import httpx
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from core.db import jobs
 from core.db.api_keys import create_api_key
-from core.db.generations import register_generation
 from core.db.schema import migrate
 from core.db.session import Database
 from core.db.tables import Job, SingletonLease
-from core.ids import new_id
 from core.lifecycle import SCOPES
 from core.settings import Settings
-from core.storage import LocalStorage
-from tests.builders_services import free_port, wait_until
+from core.storage import LocalStorage, S3Storage, Storage
+from core.storage.cache import ObjectCache
+from core.storage.making import read_place
+from tests.builders_services import S3Server, free_port, wait_until
 from tests.faults.members import Member, Members, command_of
 from tests.faults.proxy import Proxy, connect_to
+from tests.faults.s3_proxy import S3Proxy
 from tests.faults.servers import Postgresql, Redis
-from tests.server.builders_service import COLORS, write_generation_files
+from tests.server.builders_service import COLORS, register_network, write_generation_files
 
 LEASE_SECONDS = 3.0
 QUICK = {
@@ -51,14 +51,18 @@ AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
 class Stage:
     """Opened by `set_up`."""
 
-    def __init__(self, directory: Path, kind: str, *, seed: int, num_workers: int) -> None:
+    def __init__(self, directory: Path, kind: str, storage: str, *, seed: int, num_workers: int) -> None:
         self.directory = directory
         self.kind = kind
+        self.storage_kind = storage
         self.seed = seed
         self.is_sqlite = kind == "sqlite"
         self.data = directory / "data"
         self.images = directory / "images"
-        self.storage = LocalStorage(self.data / "objects")
+        self.storage: Storage = LocalStorage(self.data / "objects")
+        self.bucket: S3Server | None = None
+        self.bucket_proxy: S3Proxy | None = None
+        self.bucket_url = ""
         self.members = Members()
         self.proxies: list[Proxy] = []
         self.postgresql = None if self.is_sqlite else Postgresql()
@@ -78,10 +82,34 @@ class Stage:
         self.data.mkdir()
         self.has_disk_of_its_own = _mount(self.data)
         self.images.mkdir()
+        if self.storage_kind == "bucket":
+            self.storage = self._open_bucket()
         self.database = Database(self.settings.resolved_database_url)
         migrate(self.database)
         with self.database.transaction() as session:
             _, self.secret = create_api_key(session, name="chaos", scopes=list(SCOPES))
+
+    def _open_bucket(self) -> Storage:
+        """The runner asks the store itself, past the proxy, and keeps copies of its own."""
+        buckets = self.directory / "buckets"
+        buckets.mkdir()
+        self.bucket = S3Server(buckets)
+        self.bucket.start()
+        self.bucket_url = self.bucket.make_bucket("chaos")
+        self.bucket_proxy = S3Proxy(self.bucket.port, seed=self.seed)
+        os.environ |= self._credentials()
+        settings = Settings(storage_url=self.bucket_url, s3_endpoint_url=self.bucket.url)
+        cache = ObjectCache(self.directory / "copies", max_bytes=1 << 30)
+        return S3Storage(read_place(settings), cache, renew_seconds=self.settings.orphan_grace_seconds)
+
+    def _credentials(self) -> dict[str, str]:
+        nowhere = str(self.directory / "none")
+        named = {"ACCESS_KEY_ID": S3Server.access_key, "SECRET_ACCESS_KEY": S3Server.secret_key, "EC2_METADATA_DISABLED": "true"}
+        return {f"AWS_{name}": value for name, value in {**named, "CONFIG_FILE": nowhere, "SHARED_CREDENTIALS_FILE": nowhere}.items()}
+
+    def path_of(self, digest: str) -> Path:
+        """The file that the service will be given when it asks its storage for that content."""
+        return self.storage.fetch(digest) if self.bucket is None else self.bucket.path_of(self.bucket_url, digest)
 
     def start(self) -> None:
         """The processes; returns when the API is ready."""
@@ -103,9 +131,11 @@ class Stage:
             proxy.close()
         if hasattr(self, "database"):
             self.database.close()
-        for server in (self.postgresql, self.redis):
+        for server in (self.postgresql, self.redis, self.bucket_proxy):
             if server is not None:
                 server.close()
+        if self.bucket is not None:
+            self.bucket.stop()
         if self.has_disk_of_its_own:
             subprocess.run(["umount", "-l", str(self.data)], check=False, capture_output=True)
 
@@ -119,6 +149,9 @@ class Stage:
             values["DATABASE_URL"] = f"postgresql://postgres@127.0.0.1:{database_proxy.port}/rows"
             values["REDIS_URL"] = f"redis://127.0.0.1:{broker_proxy.port}/0"
             values["POLL_SECONDS"] = "3"
+        if self.bucket_proxy is not None:
+            values |= {"STORAGE_URL": self.bucket_url, "S3_ENDPOINT_URL": self.bucket_proxy.url}
+            kept |= self._credentials()
         settings = {f"NOISY_STUDENT_{key}": value for key, value in values.items()}
         environment = {**kept, **settings, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CHAOS_SEED": str(self.seed)}
         return Member(name, command, environment, self.directory, database_proxy, broker_proxy)
@@ -172,18 +205,7 @@ class Stage:
 
     def register(self, folder: Path, *, name: str, class_names: list[str]) -> str:
         """A folder of an exported network as a generation."""
-        files = {path.relative_to(folder).as_posix(): self.storage.put(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-        metrics = {"role": "imported", "architecture": "colors", "num_parameters": 9, "validation": None, "test": None}
-        wanted = jobs.NewJob(kind="import", input={"folder": str(folder), "name": name}, generation_id=new_id("generation"))
-        with self.database.transaction() as session:
-            jobs.enqueue(session, [wanted])
-            claimed = jobs.claim(session, holder="stage", capabilities=["cpu"], lease_seconds=60, job_id=wanted.id)
-            assert claimed is not None
-            done = jobs.succeed(session, wanted.id, token=claimed.token, result={"generation_id": wanted.generation_id})
-            assert done is not None
-            register_generation(session, done, {"files": files, "metrics": metrics, "class_names": class_names})
-        assert wanted.generation_id is not None
-        return wanted.generation_id
+        return register_network(self.database, self.storage, folder, name=name, class_names=class_names)
 
     def fill_disk(self) -> None:
         """No room for anything new, at once and for everybody."""
@@ -219,10 +241,10 @@ def _mount(directory: Path) -> bool:
 
 
 @contextmanager
-def set_up(kind: str, *, seed: int, num_workers: int) -> Iterator[Stage]:
+def set_up(kind: str, storage: str = "folder", *, seed: int, num_workers: int) -> Iterator[Stage]:
     """A stage with its rows and files, whose processes are not started yet."""
     with tempfile.TemporaryDirectory(prefix="nss-chaos-", ignore_cleanup_errors=True) as directory:
-        stage = Stage(Path(directory), kind, seed=seed, num_workers=num_workers)
+        stage = Stage(Path(directory), kind, storage, seed=seed, num_workers=num_workers)
         try:
             stage.open()
             yield stage

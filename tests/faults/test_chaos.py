@@ -45,11 +45,12 @@ def test_every_kind_has_a_name_of_its_own_and_can_happen_somewhere() -> None:
     names = [kind.name for kind in KINDS]
 
     assert len(set(names)) == len(names)
-    assert {kind for database in SHORT for kind in kinds_of(database, trains=True)} == set(KINDS)
+    there = {kind for database in SHORT for storage in ("folder", "bucket") for kind in kinds_of(database, storage, trains=True)}
+    assert there == set(KINDS)
 
 
 def test_after_n_rounds_every_kind_has_had_n_turns_and_the_seed_draws_the_order() -> None:
-    kinds = kinds_of("postgresql", trains=True)
+    kinds = kinds_of("postgresql", "bucket", trains=True)
 
     plans = [[next(plan) for _ in range(5 * len(kinds))] for plan in (draw_plan(kinds, seed, "postgresql") for seed in (1, 1, 2))]
 

@@ -17,13 +17,16 @@ import onnx
 import uvicorn
 from onnx import TensorProto, helper, numpy_helper
 
+from core.db import jobs
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.generations import register_generation
 from core.db.jobs import NewJob, enqueue
 from core.db.schema import migrate
+from core.db.session import Database
 from core.db.tables import Run
 from core.ids import new_id
 from core.settings import Settings
+from core.storage import Storage
 from ml.evaluation import write_predictions
 from ml.ingestion import scan
 from ml.pixels import Preprocessing
@@ -164,6 +167,22 @@ def add_generation(
         job.status = "succeeded"
         session.flush()
         register_generation(session, job, {"files": files, "metrics": metrics, "class_names": list(class_names)})
+    return generation_id
+
+
+def register_network(database: Database, storage: Storage, folder: Path, *, name: str, class_names: Sequence[str] = COLORS) -> str:
+    """A folder of an exported network as an imported generation, with the history that a job of its own would have left; its id."""
+    files = {path.relative_to(folder).as_posix(): storage.put(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    metrics = {"role": "imported", "architecture": "colors", "num_parameters": 9, "validation": None, "test": None}
+    generation_id = new_id("generation")
+    wanted = NewJob(kind="import", input={"folder": str(folder), "name": name}, generation_id=generation_id)
+    with database.transaction() as session:
+        enqueue(session, [wanted])
+        claimed = jobs.claim(session, holder="builder", capabilities=["cpu"], lease_seconds=60, job_id=wanted.id)
+        assert claimed is not None
+        done = jobs.succeed(session, wanted.id, token=claimed.token, result={"generation_id": generation_id})
+        assert done is not None
+        register_generation(session, done, {"files": files, "metrics": metrics, "class_names": list(class_names)})
     return generation_id
 
 

@@ -18,12 +18,14 @@ from core.queue import make_celery
 from core.settings import Settings
 from core.storage import LocalStorage
 from tests.builders_services import wait_until
+from tests.faults.servers import Redis
 from tests.workers.builders import add_ingest, make_settings, read_events, running_worker, wait_for_end, write_folder
 from workers.supervisor import Supervisor
 from workers.tasks import register
 
 CELERY = ("celery", "-A", "workers.app", "worker", "-Q", "cpu", "--loglevel", "WARNING")
 CELERY_DEAF = ("celery", "-A", "tests.workers.deaf_consumer", *CELERY[3:])
+CELERY_HASTY = ("celery", "-A", "tests.workers.hasty_consumer", *CELERY[3:])
 
 
 def open_database(url: str) -> Database:
@@ -116,6 +118,45 @@ def test_a_worker_whose_consumer_has_stopped_ends_so_that_a_fresh_one_is_started
     assert [line["capability"] for line in worker.lines("worker.consumer_stopped")] == (["cpu"] if ends else [])
     assert worker.lines("worker.stopped")
     database.close()
+
+
+@pytest.mark.long
+def test_a_broker_that_is_away_for_ever_so_long_is_waited_for(postgresql_url: str, tmp_path: Path) -> None:
+    database, broker = open_database(postgresql_url), Redis(tmp_path)
+    # So seldom a look that only the message can have been the reason.
+    settings = make_settings(tmp_path, database, redis_url=broker.url, poll_seconds=600.0)
+    try:
+        with running_worker(settings, tmp_path, *CELERY_HASTY) as worker:
+            wait_until(lambda: worker.lines("worker.started"), seconds=60, what="the worker's start")
+            broker.stop()
+            # Celery's own patience ends after a hundred.
+            tries = wait_until(lambda: (found := worker.log_path.read_text().count("Cannot connect to")) > 150 and found, seconds=60)
+            broker.start()
+            ended = wait_for_end(database, add_ingest(database, write_folder(tmp_path)), seconds=60)
+            status = worker.stop()
+    finally:
+        broker.close()
+        database.close()
+
+    assert tries > 150
+    assert (ended.status, status) == ("succeeded", 0)
+    assert worker.lines("task.woke_job")
+
+
+def test_a_worker_that_starts_while_the_broker_is_away_looks_for_jobs_by_itself(postgresql_url: str, tmp_path: Path) -> None:
+    database, broker = open_database(postgresql_url), Redis(tmp_path)
+    settings = make_settings(tmp_path, database, redis_url=broker.url, poll_seconds=0.5)
+    broker.stop()
+    try:
+        with running_worker(settings, tmp_path, *CELERY) as worker:
+            ended = wait_for_end(database, add_ingest(database, write_folder(tmp_path)), seconds=60)
+            status = worker.stop()
+    finally:
+        broker.close()
+        database.close()
+
+    assert (ended.status, status) == ("succeeded", 0)
+    assert not worker.lines("task.woke_job")
 
 
 def test_draining_celery_workers_leave_new_jobs_to_the_others(postgresql_url: str, redis_url: str, tmp_path: Path) -> None:
