@@ -59,6 +59,8 @@ class SetRequest(BaseModel):
     """Evaluation datasets whose images (and near-duplicates) are kept out of the selection."""
     priority: Priority = 0
     """Of two waiting jobs the one of the higher priority is started first; the set's jobs have it."""
+    reuse: bool = True
+    """Take labels over that the same network made of the same images under the same runtime; off labels every image anew."""
 
 
 class SetView(BaseModel):
@@ -197,6 +199,7 @@ def create_pseudo_label_set(body: SetRequest, services: ServicesDep, once: OnceD
                 evaluation_version_ids=kept_out,
                 selection_generation_id=None if chooser is None else chooser.id,
                 priority=body.priority,
+                reuse=body.reuse,
             )
             return Answer(_show(session, row), location=f"{API}/pseudo-label-sets/{row.id}")
 

@@ -58,10 +58,18 @@ class Histories:
             finish_version(session, version.id, manifest=self.store() | facts, report={})
             return version
 
-    def start_run(self, *, iterations: int = 1, initial: str | None = None, recipe: dict[str, Any] | None = None) -> str:
-        """An active run on datasets of its own."""
+    def start_run(
+        self,
+        *,
+        iterations: int = 1,
+        initial: str | None = None,
+        recipe: dict[str, Any] | None = None,
+        unlabeled: DatasetVersion | None = None,
+    ) -> str:
+        """An active run on datasets of its own, but for the pool that is given."""
         name = f"data-{next(self._numbers)}"
-        labeled, unlabeled = (self.add_version(f"{name}-{kind}", kind) for kind in ("labeled", "unlabeled"))
+        labeled = self.add_version(f"{name}-labeled", "labeled")
+        unlabeled = unlabeled or self.add_version(f"{name}-unlabeled", "unlabeled")
         overrides = {"labeling": LABELING, "iterations": {"control": True}} | (recipe or {})
         with self.database.transaction() as session:
             run, _ = create_run(

@@ -32,8 +32,12 @@ def create_set(
     selection_generation_id: str | None = None,
     keep_keys_of_set_id: str | None = None,
     priority: int = 0,
+    reuse: bool = True,
 ) -> tuple[PseudoLabelSet, list[Job]]:
-    """Insert the set and a labeling job for each shard (twice as many with a separate selection model)."""
+    """Insert the set and a labeling job for each shard (twice as many with a separate selection model).
+
+    `reuse` off: every shard is labeled, also where the same labels were made before.
+    """
     row = PseudoLabelSet(
         id=new_id("pseudo_label_set"),
         status="labeling",
@@ -52,10 +56,10 @@ def create_set(
     )
     session.add(row)
     session.flush()
-    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability))
+    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability, reuse=reuse))
 
 
-def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str) -> list[NewJob]:
+def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, reuse: bool) -> list[NewJob]:
     shard_size = row.labeling["shard_size"]
     wanted: list[NewJob] = []
     for purpose, labeler in (("label", row.generation_id), ("select", row.selection_generation_id)):
@@ -70,6 +74,7 @@ def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: 
                 "labeling": row.labeling,
                 "runtime": runtime,
                 "purpose": purpose,
+                "reuse": reuse,
             }
             wanted.append(
                 NewJob(

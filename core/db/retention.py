@@ -16,13 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased
 
 from core.db.disk_use import Use, kind_of_file
+from core.db.reuse import SHARD
 from core.db.session import now
 from core.db.tables import Alias, Generation, IdempotencyRecord, Iteration, Job, Promotion, PseudoLabelSet, Run, StoredFile, Worker
 from core.lifecycle import JOB_TERMINAL, PHASE_TERMINAL
 from core.settings import Settings
 
 CHECKPOINT = "checkpoint-"
-SHARD = "shard.parquet"
 ITEMS = "items.parquet"
 PREDICTIONS = "predictions.parquet"
 _ROWS_ONLY = {"synchronize_session": False}

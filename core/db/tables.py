@@ -178,6 +178,7 @@ class Job(Base):
     num_events: Mapped[int] = mapped_column(default=0)
     reuse_key: Mapped[str | None] = mapped_column(index=True)
     """Of a labeled shard: jobs with the same one make the same bytes."""
+    reuse_dataset_key: Mapped[str | None] = mapped_column(index=True)
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

@@ -18,6 +18,8 @@ depends_on = None
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("reuse_key", sa.Text(), nullable=True))
     op.create_index("ix_jobs_reuse_key", "jobs", ["reuse_key"], unique=False)
+    op.add_column("jobs", sa.Column("reuse_dataset_key", sa.Text(), nullable=True))
+    op.create_index("ix_jobs_reuse_dataset_key", "jobs", ["reuse_dataset_key"], unique=False)
     op.add_column("pseudo_label_sets", sa.Column("shards_expired_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("pseudo_label_sets", sa.Column("items_expired_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("datasets", sa.Column("last_number", sa.Integer(), nullable=False, server_default=sa.text("0")))
@@ -29,5 +31,7 @@ def downgrade() -> None:
     op.drop_column("datasets", "last_number")
     op.drop_column("pseudo_label_sets", "items_expired_at")
     op.drop_column("pseudo_label_sets", "shards_expired_at")
+    op.drop_index("ix_jobs_reuse_dataset_key", table_name="jobs")
+    op.drop_column("jobs", "reuse_dataset_key")
     op.drop_index("ix_jobs_reuse_key", table_name="jobs")
     op.drop_column("jobs", "reuse_key")
