@@ -72,13 +72,6 @@ class Bench:
         return add_pool(self.database, self.storage.put(path), len(manifest), name=name), len(manifest)
 
 
-@pytest.fixture
-def sqlite(sqlite_url: str) -> Iterator[Database]:
-    opened = Database(sqlite_url)
-    yield opened
-    opened.close()
-
-
 @dataclass(frozen=True)
 class Played:
     """What became of the shards of each set, with one worker and one real network."""

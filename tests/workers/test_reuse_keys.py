@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from tests.workers.builders_reuse import LABELING, add_generation, add_pool, new
 from workers.garbage import collect
 from workers.outcomes import record_reuse
 from workers.reuse import Reuse, keep, keys_of_result
+
+
+@pytest.fixture
+def sqlite(sqlite_url: str) -> Iterator[Database]:
+    opened = Database(sqlite_url)
+    yield opened
+    opened.close()
 
 
 def files_of(storage: LocalStorage, directory: Path, **contents: str) -> dict[str, dict[str, Any]]:
