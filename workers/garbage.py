@@ -42,17 +42,24 @@ def collect(database: Database, storage: Storage, settings: Settings, *, dry_run
     return Collected(expired, num_removed, held)
 
 
-def forget_expired(database: Database, settings: Settings, *, dry_run: bool = False) -> list[Expired]:
-    """Take what is old by the settings out of the rows; writes nothing while there is nothing."""
+def forget_expired(database: Database, settings: Settings, *, dry_run: bool = False, at_once: bool = True) -> list[Expired]:
+    """Take what is old by the settings out of the rows; writes nothing while there is nothing.
+
+    `at_once` off takes a bite and leaves the rest for the next time.
+    """
     with database.reading() as session:
         found = find_expired(session, settings)
     if dry_run or not found:
         return found
-    with database.transaction() as session:
-        found = expire(session, settings)
-    for one in found:
-        get_log().info("retention.expired", what=one.what, num=one.num, freed_bytes=one.freed_bytes, days=one.days)
-    return found
+    taken: dict[str, Expired] = {}
+    while True:
+        with database.transaction() as session:
+            bite = expire(session, settings)
+        for one in bite:
+            get_log().info("retention.expired", what=one.what, num=one.num, freed_bytes=one.freed_bytes, days=one.days)
+            taken[one.what] = one.plus(taken.get(one.what))
+        if not at_once or not bite:
+            return list(taken.values())
 
 
 def sweep_files(database: Database, storage: Storage, settings: Settings, *, dry_run: bool = False) -> tuple[int, bool]:

@@ -194,7 +194,7 @@ class Housekeeping:
         self.sweep_signs()
         with self._database.transaction() as session:
             forget_old_messages(session, older_than_seconds=KEEP_MESSAGES_SECONDS)
-        garbage.forget_expired(self._database, self._settings)
+        garbage.forget_expired(self._database, self._settings, at_once=False)
         self._sweep_host_when_due()
         if self._storage.is_local:
             self.sweep_files()

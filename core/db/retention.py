@@ -8,7 +8,7 @@ somebody deletes what they belong to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,14 +26,15 @@ CHECKPOINT = "checkpoint-"
 ITEMS = "items.parquet"
 PREDICTIONS = "predictions.parquet"
 _ROWS_ONLY = {"synchronize_session": False}
-_BATCH = 500
+MOST_SETS = 10
+"""Sets whose files go in one transaction: each may have tens of thousands of shards."""
 Files = Any
 """`StoredFile`, or an alias of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that goes when it is old: names of files, or whole rows."""
+    """One thing that goes when it is old: files by their names, whole rows, or the files of pseudo-label sets that a mark speaks of."""
 
     what: str
     setting: str
@@ -59,65 +60,80 @@ class Expired:
         """For programs."""
         return asdict(self)
 
+    def plus(self, other: Expired | None) -> Expired:
+        """Both together."""
+        return self if other is None else replace(self, num=self.num + other.num, freed_bytes=self.freed_bytes + other.freed_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A rule that is switched on, at this moment."""
+
+    rule: Rule
+    days: float
+    old: datetime
+    sets: sa.ColumnElement[bool] | None
+    """Which pseudo-label sets a rule with a mark takes from."""
+
+    def files(self, files: Files) -> sa.ColumnElement[bool]:
+        if self.rule.mark is not None and self.sets is not None:
+            return _of_sets(files, self.rule.mark, self.sets)
+        return sa.false() if self.rule.files is None else self.rule.files(files, self.old)
+
 
 def find_expired(session: Session, settings: Settings) -> list[Expired]:
     """What `expire` would take now, rule by rule; rules that take nothing are left out."""
-    return _look(session, _due(settings, now(session)))
+    return _look(session, _due(session, settings, now(session), most_sets=None))
 
 
-def expire(session: Session, settings: Settings) -> list[Expired]:
-    """Take what is old by the settings; returns what it took."""
+def expire(session: Session, settings: Settings, *, most_sets: int = MOST_SETS) -> list[Expired]:
+    """Take what is old by the settings, of so many sets at most; returns what it took. To be called again while it took something."""
     moment = now(session)
-    due = _due(settings, moment)
+    due = _due(session, settings, moment, most_sets=most_sets)
     found = _look(session, due)
     taking = {one.what for one in found}
-    for rule, _, old in due:
-        if rule.what not in taking:
-            continue
-        if rule.mark is not None:
-            _expire_of_sets(session, rule.mark, old, moment)
-        elif rule.files is not None:
-            session.execute(sa.delete(StoredFile).where(rule.files(StoredFile, old)), execution_options=_ROWS_ONLY)
-        elif rule.rows is not None:
-            table, where = rule.rows(old)
+    for one in due:
+        if one.rule.mark is not None and one.sets is not None:
+            # Also sets that have no such file: nobody needs to look at them again.
+            marked = sa.update(PseudoLabelSet).where(one.sets).values({one.rule.mark: moment})
+            session.execute(marked, execution_options=_ROWS_ONLY)
+        if one.rule.what in taking and one.rule.rows is None:
+            session.execute(sa.delete(StoredFile).where(one.files(StoredFile)), execution_options=_ROWS_ONLY)
+        elif one.rule.what in taking and one.rule.rows is not None:
+            table, where = one.rule.rows(one.old)
             session.execute(sa.delete(table).where(where), execution_options=_ROWS_ONLY)
     return found
 
 
-def _expire_of_sets(session: Session, mark: str, old: datetime, moment: datetime) -> None:
-    """The sets say that their files went, and then they go."""
-    unmarked = getattr(PseudoLabelSet, mark).is_(None)
-    query = sa.update(PseudoLabelSet).where(unmarked, _finished_sets(old)).values({mark: moment}).returning(PseudoLabelSet.id)
-    sets = list(session.scalars(query, execution_options=_ROWS_ONLY))
-    for start in range(0, len(sets), _BATCH):
-        files = _of_sets(StoredFile, mark, PseudoLabelSet.id.in_(sets[start : start + _BATCH]))
-        session.execute(sa.delete(StoredFile).where(files), execution_options=_ROWS_ONLY)
+def _due(session: Session, settings: Settings, moment: datetime, *, most_sets: int | None) -> list[_Due]:
+    due = []
+    for rule in RULES:
+        days = getattr(settings, rule.setting)
+        if days is None:
+            continue
+        old, sets = moment - timedelta(days=days), None
+        if rule.mark is not None:
+            sets = sa.and_(getattr(PseudoLabelSet, rule.mark).is_(None), _finished_sets(old))
+            if most_sets is not None:
+                sets = PseudoLabelSet.id.in_(list(session.scalars(sa.select(PseudoLabelSet.id).where(sets).limit(most_sets))))
+        due.append(_Due(rule, days, old, sets))
+    return due
 
 
-_Due = list[tuple[Rule, float, datetime]]
-
-
-def _due(settings: Settings, moment: datetime) -> _Due:
-    """The rules that are switched on, with their days and the moment before which things are old."""
-    days = [(rule, getattr(settings, rule.setting)) for rule in RULES]
-    return [(rule, limit, moment - timedelta(days=limit)) for rule, limit in days if limit is not None]
-
-
-def _look(session: Session, due: _Due) -> list[Expired]:
+def _look(session: Session, due: list[_Due]) -> list[Expired]:
     other = aliased(StoredFile)
-    going = sa.or_(sa.false(), *(rule.files(other, old) for rule, _, old in due if rule.files is not None))
-    stays = sa.exists().where(other.digest == StoredFile.digest, sa.not_(going))
+    stays = sa.exists().where(other.digest == StoredFile.digest, sa.not_(sa.or_(sa.false(), *(one.files(other) for one in due))))
     found = []
-    for rule, days, old in due:
+    for one in due:
         num = freed = 0
-        if rule.files is not None and (num := _count(session, StoredFile, rule.files(StoredFile, old))):
+        if one.rule.rows is not None:
+            num = _count(session, *one.rule.rows(one.old))
+        elif num := _count(session, StoredFile, one.files(StoredFile)):
             contents = sa.select(StoredFile.digest, sa.func.max(StoredFile.num_bytes).label("num_bytes"))
-            contents = contents.where(rule.files(StoredFile, old), ~stays).group_by(StoredFile.digest)
+            contents = contents.where(one.files(StoredFile), ~stays).group_by(StoredFile.digest)
             freed = int(session.scalar(sa.select(sa.func.sum(contents.subquery().c.num_bytes))) or 0)
-        if rule.rows is not None:
-            num = _count(session, *rule.rows(old))
         if num:
-            found.append(Expired(rule.what, rule.setting, days, num, freed))
+            found.append(Expired(one.rule.what, one.rule.setting, one.days, num, freed))
     return found
 
 
@@ -149,14 +165,6 @@ def _of_sets(files: Files, mark: str, which: sa.ColumnElement[bool]) -> sa.Colum
     return sa.and_(files.name == SHARD, files.owner_id.in_(jobs))
 
 
-def _old_shards(files: Files, old: datetime) -> sa.ColumnElement[bool]:
-    return _of_sets(files, "shards_expired_at", sa.and_(PseudoLabelSet.shards_expired_at.is_(None), _finished_sets(old)))
-
-
-def _old_items(files: Files, old: datetime) -> sa.ColumnElement[bool]:
-    return _of_sets(files, "items_expired_at", sa.and_(PseudoLabelSet.items_expired_at.is_(None), _finished_sets(old)))
-
-
 def _old_checkpoints(files: Files, old: datetime) -> sa.ColumnElement[bool]:
     jobs = sa.select(Job.id).where(Job.kind == "train", Job.status.in_(("failed", "canceled")), Job.finished_at < old)
     return sa.and_(files.name.startswith(CHECKPOINT, autoescape=True), files.owner_id.in_(jobs))
@@ -178,8 +186,8 @@ def _old_workers(old: datetime) -> tuple[type[Any], sa.ColumnElement[bool]]:
 
 
 RULES = (
-    Rule("shards of guesses", "keep_shards_days", files=_old_shards, mark="shards_expired_at"),
-    Rule("lists of guesses", "keep_items_days", files=_old_items, mark="items_expired_at"),
+    Rule("shards of guesses", "keep_shards_days", mark="shards_expired_at"),
+    Rule("lists of guesses", "keep_items_days", mark="items_expired_at"),
     Rule("checkpoints of failed and canceled trainings", "keep_checkpoints_days", files=_old_checkpoints),
     Rule("batch predictions", "keep_predictions_days", files=_old_predictions),
     Rule("answers to idempotency keys", "keep_answers_days", rows=_old_answers),

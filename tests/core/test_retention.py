@@ -15,7 +15,7 @@ from core.db import jobs
 from core.db.deletion import delete_run
 from core.db.files import name_files
 from core.db.idempotency import remember_answer
-from core.db.retention import RULES, measure_kept
+from core.db.retention import RULES, expire, measure_kept
 from core.db.runs import move_run
 from core.db.session import Database
 from core.db.tables import Alias, Generation, IdempotencyRecord, Job, Promotion, PseudoLabelSet, Run, StoredFile, Worker
@@ -310,3 +310,19 @@ def test_whatever_happened_nothing_that_is_needed_ever_goes(
                 assert set(session.scalars(sa.select(StoredFile.digest))) <= histories.stored()
     finally:
         database.close()
+
+
+def test_many_sets_go_a_few_at_a_time(sqlite: Histories) -> None:
+    for _ in range(3):
+        sqlite.make_run()
+    sqlite.age(days=3)
+    options = Settings(data_directory=sqlite.directory / "data", keep_shards_days=2)
+    bites = []
+    while True:
+        with sqlite.database.transaction() as session:
+            bite = expire(session, options, most_sets=2)
+        bites.append(sum(one.num for one in bite))
+        if not bite:
+            break
+
+    assert bites == [2 * NUM_SHARDS, NUM_SHARDS, 0]
