@@ -62,7 +62,7 @@ def hold_generation(session: Session, generation_id: str) -> None:
     """Keep a generation from being deleted until the transaction ends that begins to need it; NotFound when it is gone."""
     held = sa.select(Generation.id).where(Generation.id == generation_id).with_for_update(read=True, key_share=True)
     if session.scalar(held) is None:
-        raise NotFound(f"there is no generation {generation_id!r}")
+        raise absent("generation", generation_id)
 
 
 def list_referrers(session: Session, generation_id: str) -> list[str]:
