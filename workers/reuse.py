@@ -19,11 +19,15 @@ from core.errors import StorageError
 from core.logs import get_log
 from core.storage import Storage, storage_errors
 from ml.config import RuntimeConfig
+from ml.errors import MlError
 from ml.runtimes import cpu_facts, resolve_on_cpu
 from ml.validation import build, to_dict
 from workers.announcement import find_devices
 
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
+
+UNREADABLE = (LookupError, TypeError, ValueError, MlError)
+"""What a job's input raises that another version wrote. It is labeled then, and the attempt says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,13 @@ class Reuse:
         """Shards with the bytes that labeling would make, else some that may have; None without any, or when nobody knows what it makes."""
         if job.kind != "label" or not job.input.get("reuse", True):
             return None
+        try:
+            return self._find(job)
+        except UNREADABLE as error:
+            get_log().warning("labels.not_reused", job_id=job.id, error=f"{type(error).__name__}: {error}")
+            return None
+
+    def _find(self, job: Job) -> Found | None:
         with self._database.reading() as session:
             runtime = self.resolve(asked_runtime(session, job))
             keys = None if runtime is None else shard_keys(session, job.input, runtime=runtime, host=host_facts(runtime["device"]))
@@ -86,7 +97,11 @@ def keys_of_result(session: Session, job: Job, made: dict[str, Any]) -> ShardKey
     """
     if made.get("num_changed") != 0 or made.get("halved") or made.get("runtime") is None:
         return None
-    return shard_keys(session, job.input, runtime=made["runtime"], host=host_facts(made["runtime"]["device"]))
+    try:
+        return shard_keys(session, job.input, runtime=made["runtime"], host=host_facts(made["runtime"]["device"]))
+    except UNREADABLE:
+        # Labeled with defaults that its input does not name; nobody looks for it under these.
+        return None
 
 
 def keep(storage: Storage, found: Found) -> tuple[Labeled, dict[str, dict[str, Any]]] | None:

@@ -6,7 +6,7 @@ sweep, after its grace period, and only those that nobody else names. What somet
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -18,8 +18,10 @@ from core.db.pseudo_labels import get_set
 from core.db.runs import get_run
 from core.db.tables import Dataset, DatasetVersion, Event, Generation, Iteration, Job, OutboxMessage, PseudoLabelSet, Run, StoredFile
 from core.errors import NotFound, StillReferenced, WrongState
+from core.ids import absent
 from core.lifecycle import JOB_TERMINAL, RUN_ENDED, SET_ENDED
 
+Row = TypeVar("Row", Run, PseudoLabelSet)
 _ROWS_ONLY = {"synchronize_session": False}
 Ids = sa.Select[str]
 """A query for the ids of rows."""
@@ -33,7 +35,7 @@ def delete_run(session: Session, run_id: str) -> list[str]:
     _check_ended("run", get_run(session, run_id), RUN_ENDED)
     jobs = sa.select(Job.id).where(Job.run_id == run_id)
     _hold_jobs(session, Job.run_id == run_id)
-    _check_ended("run", session.get_one(Run, run_id, with_for_update=True, populate_existing=True), RUN_ENDED)
+    _check_ended("run", _hold(session, Run, run_id, noun="run"), RUN_ENDED)
     _refuse_attempts(session, f"run {run_id}", Job.run_id == run_id)
     sets = sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id == run_id)
     generations = sa.select(Generation.id).where(Generation.run_id == run_id)
@@ -55,7 +57,7 @@ def delete_set(session: Session, set_id: str) -> None:
         _refuse_referrers(f"pseudo-label set {set_id}", [f"run {row.run_id}"])
     of_set = Job.pseudo_label_set_id == set_id
     _hold_jobs(session, of_set)
-    _check_ended("pseudo-label set", session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True), SET_ENDED)
+    _check_ended("pseudo-label set", _hold(session, PseudoLabelSet, set_id, noun="pseudo-label set"), SET_ENDED)
     _refuse_attempts(session, f"pseudo-label set {set_id}", of_set)
     trained = session.scalars(sa.select(Generation.id).where(Generation.pseudo_label_set_id == set_id))
     _refuse_referrers(f"pseudo-label set {set_id}", [f"generation {found}" for found in trained])
@@ -133,6 +135,14 @@ def _delete_versions(session: Session, what: str, which: sa.ColumnElement[bool])
 def _check_ended(noun: str, row: Run | PseudoLabelSet, ended: tuple[str, ...]) -> None:
     if row.status not in ended:
         raise WrongState(f"{noun} {row.id} is {row.status}; cancel it, or wait for its end, before you delete it", status=row.status)
+
+
+def _hold(session: Session, table: type[Row], row_id: str, *, noun: str) -> Row:
+    """The row, kept from others until the transaction ends; NotFound when somebody else deleted it meanwhile."""
+    row = session.get(table, row_id, with_for_update=True, populate_existing=True)
+    if row is None:
+        raise absent(noun, row_id)
+    return row
 
 
 def _hold_jobs(session: Session, which: sa.ColumnElement[bool]) -> None:

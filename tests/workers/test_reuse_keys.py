@@ -227,3 +227,18 @@ def test_a_run_whose_first_job_takes_labels_over_keeps_their_runtime(sqlite: Dat
         assert session.get_one(Run, run_id).runtime == runtime
     reused = [event.data for event in read_events(sqlite, claimed.id) if event.kind == "reused"]
     assert [data["job_id"] for data in reused] == [labeled]
+
+
+def test_an_input_that_another_version_wrote_is_left_to_the_attempt(keys: Keys) -> None:
+    [job, _] = shards_of(keys.database, start_set(keys.database, keys.generation, keys.pool))
+    made = {"num_changed": 0, "halved": False, "runtime": to_dict(RUNTIME)}
+    found = []
+    for changed in ({"runtime": {"device": "abacus"}}, {"labeling": {"shard_size": 4}}):
+        with keys.database.transaction() as session:
+            session.get_one(Job, job.id).input = {**job.input, **changed}
+        [other, _] = shards_of(keys.database, job.pseudo_label_set_id or "")
+        found.append(Reuse(keys.database, capabilities=("cpu",)).find(other))
+    with keys.database.reading() as session:
+        found.append(keys_of_result(session, other, made))
+
+    assert found == [None, None, None]
