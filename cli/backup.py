@@ -38,7 +38,7 @@ from core.settings import Settings
 from core.storage import LocalStorage, Storage, make_storage
 from core.version import VERSION
 from workers.checkpoints import PREFIX as CHECKPOINT
-from workers.housekeeping import BACKUP
+from workers.garbage import BACKUP
 
 FORMAT = 1
 ROWS_AT_ONCE = 2000

@@ -13,7 +13,7 @@ from cli.progress import show_job_progress
 from ml.objects import is_address
 from ml.sources import FORMATS
 
-app = typer.Typer(no_args_is_help=True, help="Images in folders, tar shards, Parquet files or lists: register, split, list.")
+app = typer.Typer(no_args_is_help=True, help="Images in folders, tar shards, Parquet files or lists: register, split, list, delete.")
 KINDS = ("labeled", "unlabeled", "evaluation")
 
 
@@ -131,6 +131,15 @@ def report(context: typer.Context, *, name: Annotated[str, typer.Argument(help="
     invocation = get_invocation(context)
     version = invocation.client.get(f"{API}/dataset-versions/{name}")
     invocation.output.result(version, "\n".join([describe_version(name, version), *report_lines(version["report"] or {})]))
+
+
+@app.command("delete")
+def delete(context: typer.Context, *, name: Annotated[str, typer.Argument(help="A name, or NAME:NUMBER for one version.")]) -> None:
+    """Delete a dataset with all its versions, or one version, if nothing needs it. Images stay where they are."""
+    invocation = get_invocation(context)
+    noun = "dataset-versions" if ":" in name or name.startswith("dsv_") else "datasets"
+    invocation.client.delete(f"{API}/{noun}/{name}")
+    invocation.output.result({"deleted": name}, f"{name} is gone")
 
 
 def finish(invocation: Invocation, job: dict[str, Any], doing: str) -> dict[str, Any]:

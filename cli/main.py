@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cli import backup, datasets, demo, doctor, generations, jobs, keys, predict, restore, runs, up, watch, workers
+from cli import backup, datasets, demo, disk, doctor, generations, jobs, keys, predict, pseudo_labels, restore, runs, up, watch, workers
 from cli.client import ApiProblem, JobFailed, NotReachable
 from cli.invocation import DATA_DIRECTORY_VARIABLE, Invocation
 from cli.output import Output
@@ -63,12 +63,15 @@ app.add_typer(runs.app, name="runs")
 app.command("iterate")(runs.iterate)
 app.command("watch")(watch.watch)
 app.add_typer(generations.app, name="generations")
+app.add_typer(pseudo_labels.app, name="pseudo-labels")
 app.command("promote")(generations.promote)
 app.command("rollback")(generations.rollback)
 app.command("predict")(predict.predict)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(workers.app, name="workers")
 app.add_typer(keys.app, name="keys")
+app.command("disk")(disk.disk)
+app.command("gc")(disk.collect_garbage)
 app.command("backup")(backup.backup)
 app.command("restore")(restore.restore)
 app.command("doctor")(doctor.doctor)

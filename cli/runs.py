@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from cli.client import API
+from cli.disk import show_run_use
 from cli.invocation import get_invocation
 from cli.watch import newest_run, report_run, watch_run
 from ml.errors import RecipeError
 from ml.validation import load_json
 
-app = typer.Typer(no_args_is_help=True, help="Runs: start, list, show, pause, resume, cancel, extend.")
+app = typer.Typer(no_args_is_help=True, help="Runs: start, list, show, pause, resume, cancel, extend, disk, delete.")
 
 RunId = Annotated[str | None, typer.Argument(help="Id of a run [default: the newest].")]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it.")]
@@ -182,6 +183,21 @@ def resume(context: typer.Context, *, run: RunId = None) -> None:
 def cancel(context: typer.Context, *, run: RunId = None) -> None:
     """Stop a run for good; what it made stays."""
     _move(context, run, "cancel", "is canceled; its generations stay")
+
+
+@app.command("disk")
+def disk(context: typer.Context, *, run: RunId = None) -> None:
+    """Show how much storage a run uses, by what, and what deleting it would free."""
+    invocation = get_invocation(context)
+    show_run_use(invocation, run or newest_run(invocation.client))
+
+
+@app.command("delete")
+def delete(context: typer.Context, *, run: Annotated[str, typer.Argument(help="Its id.")]) -> None:
+    """Delete a run that has ended, with its generations, if nothing else needs one of them. Its datasets stay."""
+    invocation = get_invocation(context)
+    invocation.client.delete(f"{API}/runs/{run}")
+    invocation.output.result({"deleted": run}, f"run {run} is gone; its files follow within hours")
 
 
 @app.command("extend")

@@ -3,6 +3,7 @@
 ServiceError
 ├── NotFound                   no row of that id or name
 │   └── PredictElsewhere       this API leaves /predict to predictor replicas
+├── Expired                    what was asked for was removed for its age; says how to make it again
 ├── InvalidRequest             the request makes no sense; `pointer` names the field
 │   ├── FolderRefused          a folder is missing, or outside the configured roots
 │   └── LeakageFound           evaluation images also sit in labeled or unlabeled data; lists the keys
@@ -54,6 +55,10 @@ class NotFound(ServiceError):
 
 class PredictElsewhere(NotFound):
     """This API leaves `/predict` to predictor replicas."""
+
+
+class Expired(ServiceError):
+    """What was asked for was removed for its age; `details["make_again"]` is the request that makes it again, where there is one."""
 
 
 class InvalidRequest(ServiceError):

@@ -34,8 +34,12 @@ RUN_MOVES: dict[str, tuple[str, ...]] = {
     "canceled": (),
 }
 
+RUN_ENDED = ("completed", "failed", "canceled")
+"""Nothing of such a run is done unless somebody asks for it; only then may it be deleted."""
+
 VERSION_STATUSES = ("pending", "ready", "failed")
 SET_STATUSES = ("labeling", "selecting", "ready", "failed", "canceled")
+SET_ENDED = ("ready", "failed", "canceled")
 GENERATION_ROLES = ("teacher", "student", "control", "imported")
 
 ERROR_CLASSES = ("retryable", "permanent", "resource")

@@ -20,8 +20,8 @@ else:
 SECRET_WORDS = ("secret", "password", "authorization", "api_key", "token_secret")
 
 
-def configure_logs(*, json_lines: bool) -> None:
-    """Send every log of this process to stderr; called once at a process's start."""
+def configure_logs(*, json_lines: bool, least: int = logging.INFO) -> None:
+    """Send every log of this process to stderr, from the level `least` on; called once at a process's start."""
     renderer: Any = structlog.processors.JSONRenderer() if json_lines else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[
@@ -32,7 +32,7 @@ def configure_logs(*, json_lines: bool) -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )

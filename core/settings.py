@@ -100,6 +100,21 @@ class Settings(BaseSettings):
     a fresh one takes over. Must cover the longest pause before Celery connects to Redis again, 30 seconds."""
     orphan_grace_seconds: Annotated[float, Field(ge=0)] = 3600.0
     """Age at which a stored file that no row names is removed."""
+    keep_shards_days: Annotated[float, Field(ge=0)] | None = None
+    """How long the shards of guesses stay after their iteration, or their set of its own, has finished; None: as long as the set. What was
+    selected, the report and the lineage stay. Labels that are gone are not taken over by other sets, and made again when needed."""
+    keep_items_days: Annotated[float, Field(ge=0)] | None = None
+    """Likewise the list of every guess by confidence, which the pages of items are read from; they answer 410 afterwards."""
+    keep_checkpoints_days: Annotated[float, Field(ge=0)] = 7.0
+    """How long checkpoints and folders of failed and canceled jobs stay; a retry goes on from them, afterwards it begins anew."""
+    keep_predictions_days: Annotated[float, Field(ge=0)] | None = None
+    """How long the items of batch predictions stay; None: until the prediction is deleted."""
+    keep_answers_days: Annotated[float, Field(gt=0)] = 30.0
+    """How long an Idempotency-Key gets its first answer again; later it counts as new."""
+    keep_workers_days: Annotated[float, Field(ge=1)] = 30.0
+    """How long workers that are gone are listed."""
+    reuse_labels: bool = True
+    """Off: a worker labels every shard itself, also where the same bytes were made before."""
     predict: bool = True
     """Off: this API leaves /predict to predictor replicas (`python -m server --predictor`) and says so."""
     predict_url: str | None = None

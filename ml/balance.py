@@ -33,6 +33,14 @@ class Chunk(NamedTuple):
     hashes: Callable[[Ints], Hashes]
 
 
+class Tally(NamedTuple):
+    """Some rows that were counted before: how many have this class and this confidence."""
+
+    classes: Ints
+    confidences: npt.NDArray[np.float16]
+    counts: Ints
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Balance:
     """What `decide` found out and `pick` obeys."""
@@ -88,19 +96,29 @@ class Balance:
         ]
 
 
-def decide(chunks: Callable[[], Iterator[Chunk]], config: SelectionConfig, num_classes: int) -> Balance:
-    """Count all chunks, then fix each class's cut and repeats. `chunks()` is called twice and must give the same rows."""
+def decide(
+    chunks: Callable[[], Iterator[Chunk]],
+    config: SelectionConfig,
+    num_classes: int,
+    *,
+    tallies: Callable[[], Iterator[Chunk | Tally]] | None = None,
+) -> Balance:
+    """Count all chunks, then fix each class's cut and repeats. `chunks()` is called twice and must give the same rows.
+
+    `tallies()`, where it is given, is counted instead, and must stand for the same rows.
+    """
     low = _bits(config.min_confidence)
     high = _ONE + 1 if config.max_confidence is None else _bits(config.max_confidence)
     histogram_KT = np.zeros((num_classes, max(1, high - low)), dtype=np.int64)
     histogram_K20 = np.zeros((num_classes, 20), dtype=np.int64)
     best_K = np.zeros(num_classes, dtype=np.float16)
-    for chunk in chunks():
-        coarse_N = np.minimum(19, (chunk.confidences.astype(np.float32) * 20).astype(np.int64))
-        np.add.at(histogram_K20, (chunk.classes, coarse_N), 1)
-        np.maximum.at(best_K, chunk.classes, chunk.confidences)
-        rows, bits = _passing(chunk, low, high)
-        np.add.at(histogram_KT, (chunk.classes[rows], bits - low), 1)
+    for part in (tallies or chunks)():
+        counts_N = part.counts if isinstance(part, Tally) else np.ones(len(part.classes), dtype=np.int64)
+        coarse_N = np.minimum(19, (part.confidences.astype(np.float32) * 20).astype(np.int64))
+        np.add.at(histogram_K20, (part.classes, coarse_N), counts_N)
+        np.maximum.at(best_K, part.classes, part.confidences)
+        rows, bits = _passing(part, low, high)
+        np.add.at(histogram_KT, (part.classes[rows], bits - low), counts_N[rows])
     passed_K = histogram_KT.sum(1)
     target = _target(config, passed_K)
     kept_K = passed_K if target is None else np.minimum(passed_K, target)
@@ -162,7 +180,7 @@ def _bits(confidence: float) -> int:
     return int(np.float16(confidence).view(np.uint16))
 
 
-def _passing(chunk: Chunk, low: int, high: int) -> tuple[Ints, Ints]:
+def _passing(chunk: Chunk | Tally, low: int, high: int) -> tuple[Ints, Ints]:
     bits_N = chunk.confidences.view(np.uint16)
     rows = np.flatnonzero((bits_N >= low) & (bits_N < high))
     return rows, bits_N[rows].astype(np.int64)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from ml.config import RuntimeConfig
 from ml.cores import num_cores
 from ml.errors import OutOfMemory, RecipeError
+from ml.runtimes import cpu_facts, resolve_on_cpu
 
-# Where Linux lists them: x86 with AVX-512 BF16 or AMX, and Arm's BF16 extension.
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _MOST_WORKERS = 12
 
 # malloc.h
@@ -32,42 +30,22 @@ _LARGEST_KEPT_BYTES = 2**30
 
 
 def resolve_runtime(runtime: RuntimeConfig) -> RuntimeConfig:
-    """The same runtime without `auto` and without 0 threads; RecipeError when CUDA is asked for and absent.
-
-    On a CPU the network gets every core: one loader worker takes a small share of their time with large images, and small ones
-    are made between the steps (`ml.data`).
-    """
+    """The same runtime without `auto` and without 0 threads; RecipeError when CUDA is asked for and absent."""
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return resolve_on_cpu(runtime)
+    if not torch.cuda.is_available():
         raise RecipeError("device cuda is asked for, but this machine has none; use auto or cpu", pointer="/runtime/device")
     precision = runtime.precision
     if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp32"
-    cores = num_cores()
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     workers = runtime.num_loader_workers
     if workers == "auto":
-        workers = min(cores - 1, 1 if device == "cpu" else _MOST_WORKERS)
+        workers = min(num_cores() - 1, _MOST_WORKERS)
     # What the host computes beside an accelerator is small, and threads for it would only wait for the loader's workers.
-    threads = runtime.num_threads or (cores if device == "cpu" else 1)
-    return replace(runtime, device=device, precision=precision, num_threads=threads, num_loader_workers=workers)
-
-
-def _has_bf16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(_BF16_FLAGS & _cpu_facts()["flags"])
-
-
-def _cpu_facts() -> dict[str, Any]:
-    """`model` and `flags` of the first processor; empty where the system does not say."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
-    return {
-        "model": facts.get("model name") or platform.processor() or platform.machine(),
-        "flags": frozenset((facts.get("flags") or facts.get("Features") or "").split()),
-    }
+    return replace(runtime, device=device, precision=precision, num_threads=runtime.num_threads or 1, num_loader_workers=workers)
 
 
 def apply_runtime(runtime: RuntimeConfig) -> torch.device:
@@ -174,7 +152,7 @@ def translate_oom(what: str) -> Iterator[None]:
 def host_facts(runtime: RuntimeConfig) -> dict[str, Any]:
     """What the lineage records about the machine: two trainings with equal facts end with equal bits."""
     facts: dict[str, Any] = {
-        "processor": _cpu_facts()["model"],
+        "processor": cpu_facts()["model"],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": runtime.device,

@@ -253,7 +253,8 @@ def _in_order(work: Callable[[int], Any], count: int, callers: int, should_stop:
 def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> dict[str, Any]:
     """Write one shard of guesses of an un-noised generation, one row per image; a complete one that is there is left alone.
 
-    Returns `num_rows`, `statuses` (count of each), `skipped`, `seconds`, `images_per_second` and the shard's `facts`.
+    Returns `num_rows`, `statuses` (count of each), `num_changed` (images that are not any more what the manifest says), `skipped`,
+    `seconds`, `images_per_second` and the shard's `facts`.
     """
     started = time.monotonic()
     device = apply_runtime(task.runtime)
@@ -262,7 +263,7 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
     facts = _shard_facts(task, rows, generation)
     if pseudo_labels.is_complete(task.output, **facts):
         statuses = pseudo_labels.read_shard(task.output, ["status"])["status"].to_pylist()
-        return _summary(statuses, facts, seconds=time.monotonic() - started, skipped=True)
+        return _summary(rows, statuses, facts, seconds=time.monotonic() - started, skipped=True)
     on_event(Event(kind="stage", data={"stage": "labeling"}))
     network = cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
     views = open_views(rows, generation.preprocessing, task.runtime, largest_batch=task.labeling.batch_size)
@@ -285,7 +286,7 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
         stored_probabilities=task.labeling.stored_probabilities,
         facts=facts,
     )
-    return _summary(predictions.statuses, facts, seconds=time.monotonic() - started, skipped=False)
+    return _summary(rows, predictions.statuses, facts, seconds=time.monotonic() - started, skipped=False)
 
 
 def open_views(rows: Manifest, preprocessing: Preprocessing, runtime: RuntimeConfig, *, largest_batch: int) -> WeakViews:
@@ -319,11 +320,12 @@ def _shard_facts(task: LabelingTask, rows: Manifest, generation: LoadedGeneratio
     }
 
 
-def _summary(statuses: Sequence[str], facts: dict[str, Any], *, seconds: float, skipped: bool) -> dict[str, Any]:
+def _summary(rows: Manifest, statuses: Sequence[str], facts: dict[str, Any], *, seconds: float, skipped: bool) -> dict[str, Any]:
     rate = 0.0 if skipped else len(statuses) / max(seconds, 1e-9)
     return {
         "num_rows": len(statuses),
         "statuses": dict(Counter(statuses)),
+        "num_changed": sum(before != found for before, found in zip(rows.column("status"), statuses, strict=True)),
         "skipped": skipped,
         "seconds": seconds,
         "images_per_second": rate,

@@ -9,6 +9,9 @@
     top_probs   float16[k]|null
     residual    float16|null     probability of all other classes together
 
+Beside the facts, the file's metadata say how many guesses have each class and each confidence, where that is much shorter than the
+columns themselves: selection then counts without reading them.
+
 Axes: N rows, M rows with status ok, K classes, k stored probabilities.
 """
 
@@ -31,6 +34,9 @@ Stored = int | Literal["all"]
 
 PROBABILITY_COLUMNS = ("probs", "top_classes", "top_probs", "residual")
 METADATA = b"pseudo_labels"
+HISTOGRAM = b"histogram"
+_HISTOGRAM_SHARE = 4
+"""A histogram is kept when it has at most a fourth as many entries as there are guesses: beyond, the columns are as quickly read."""
 _ROW_GROUP = 16384
 
 
@@ -60,13 +66,34 @@ def write_shard(
     columns["confidence"] = _scatter(probs_MK.max(1, initial=0).astype(np.float16), ok_N)
     columns |= _probability_columns(probs_MK, ok_N, stored_probabilities)
     words = json.dumps({"class_names": list(class_names), **facts}, sort_keys=True)
-    write_table(pa.table(columns), path, words)
+    histogram = _count(classes_M, probs_MK.max(1, initial=0).astype(np.float16))
+    write_table(pa.table(columns), path, words, histogram=histogram)
 
 
-def write_table(table: pa.Table, path: str | Path, words: str) -> None:
+def _count(classes_M: npt.NDArray[np.int64], confidences_M: npt.NDArray[np.float16]) -> str | None:
+    """Class, confidence (as bits) and number of guesses, as three lists of JSON; None where that is not much shorter than the guesses."""
+    pairs, counts = np.unique(classes_M.astype(np.int64) << 16 | confidences_M.view(np.uint16), return_counts=True)
+    if len(pairs) * _HISTOGRAM_SHARE > len(classes_M):
+        return None
+    return json.dumps([(pairs >> 16).tolist(), (pairs & 0xFFFF).tolist(), counts.tolist()])
+
+
+def read_histogram(path: str | Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16], npt.NDArray[np.int64]] | None:
+    """Classes, confidences and how many guesses have both; None when the shard does not tell. DataError when it is damaged."""
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(HISTOGRAM)
+        if found is None:
+            return None
+        classes, bits, counts = (np.array(column, dtype=np.int64) for column in json.loads(found))
+    except (OSError, pa.ArrowInvalid, ValueError) as error:
+        raise DataError(f"{path} is not a readable label shard: {error}", path=str(path)) from error
+    return classes, bits.astype(np.uint16).view(np.float16), counts
+
+
+def write_table(table: pa.Table, path: str | Path, words: str, *, histogram: str | None = None) -> None:
     """Write a table of labels with `words` (JSON) in its metadata, whole or not at all, equal bytes for equal content."""
     with written_aside(Path(path)) as aside:
-        table = table.replace_schema_metadata({METADATA: words})
+        table = table.replace_schema_metadata({METADATA: words} | ({} if histogram is None else {HISTOGRAM: histogram}))
         pq.write_table(table, aside, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=["status"])
 
 

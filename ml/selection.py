@@ -23,14 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ml.balance import Balance, Chunk, decide, pick
+from ml.balance import Balance, Chunk, Tally, decide, pick
 from ml.determinism import keyed_hashes
 from ml.duplicates import find_duplicates
 from ml.errors import ClassMismatch, DataError, Interrupted, NothingSelected, PoolTooSmall
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.files import write_bytes, written_aside
 from ml.manifest import Manifest, count_rows
-from ml.pseudo_labels import METADATA, PROBABILITY_COLUMNS, dense_probs, read_facts, read_shard
+from ml.pseudo_labels import METADATA, PROBABILITY_COLUMNS, dense_probs, read_facts, read_histogram, read_shard
 from ml.tasks import SelectionTask
 
 _CHOICE = ("key", "status", "class", "confidence")
@@ -105,6 +105,7 @@ class _Shards:
         self._on_event, self._should_stop = on_event, should_stop
         spans = []
         self.num_rows = 0
+        self._sizes: dict[str, int] = {}
         for path in paths:
             if (found := read_facts(path)["class_names"]) != list(class_names):
                 raise ClassMismatch(f"{path} labels {len(found)} classes, the run has others", known=list(class_names), found=found)
@@ -112,11 +113,13 @@ class _Shards:
             if len(keys):
                 spans.append((keys[0].as_py(), keys[-1].as_py(), path))
                 self.num_rows += len(keys)
+                self._sizes[path] = len(keys)
         spans.sort()
         for (_, last, before), (first, _, after) in pairwise(spans):
             if first <= last:
                 raise DataError(f"the shards {before} and {after} label the same images")
-        self.paths = [path for _, _, path in spans]
+        self.spans = spans
+        """First key, last key and path of each."""
 
     def tell(self, done: int) -> None:
         """Report how many rows are done."""
@@ -124,14 +127,23 @@ class _Shards:
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Each shard's rows with a guess; Interrupted when asked to stop."""
+        for _, _, path in self.walk():
+            yield self.read(path, columns)
+
+    def walk(self) -> Iterator[tuple[str, str, str]]:
+        """First key, last key and path of each shard, telling what is done; Interrupted when asked to stop."""
         done = 0
-        for path in self.paths:
+        for span in self.spans:
             if self._should_stop():
                 raise Interrupted(f"stopped selecting after {done} of {self.num_rows} rows")
-            table = read_shard(path, columns)
-            done += table.num_rows
+            yield span
+            done += self._sizes[span[2]]
             self.tell(done)
-            yield table.filter(pc.equal(table.column("status"), "ok"))
+
+    def read(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One shard's rows with a guess."""
+        table = read_shard(path, columns)
+        return table.filter(pc.equal(table.column("status"), "ok"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +170,7 @@ class _Vote:
         evaluation = [Manifest.read(path) for path in task.evaluation]
         self._duplicates = find_duplicates(task.unlabeled, evaluation, config.near_duplicate_distance, on_rows=voters.tell)
         self._removed = pa.array(sorted(self._duplicates.equal | self._duplicates.near), pa.string())
-        self._num_usable = sum(table.num_rows for table in voters.tables(("status",)))
+        self._num_usable = sum(self._count_usable(path) for _, _, path in voters.walk())
         if isinstance(config.cap_per_class, int) and config.cap_per_class > self._num_usable:
             raise PoolTooSmall(
                 f"cap_per_class {config.cap_per_class} exceeds the {self._num_usable} usable images of the pool: "
@@ -166,7 +178,9 @@ class _Vote:
                 cap_per_class=config.cap_per_class,
                 num_usable=self._num_usable,
             )
-        self._balance = decide(lambda: (self._chunk(table) for table in self._eligible(_CHOICE)), config, len(task.class_names))
+        self._balance = decide(
+            lambda: (self._chunk(table) for table in self._eligible(_CHOICE)), config, len(task.class_names), tallies=self._tallies
+        )
         _refuse_nothing(self._balance, task)
 
     def report(self) -> dict[str, Any]:
@@ -195,8 +209,26 @@ class _Vote:
 
     def _eligible(self, columns: Sequence[str] | None) -> Iterator[pa.Table]:
         for table in self._voters.tables(columns):
-            allowed_N = _allowed(table.column("key"), self._removed, self._task.selection.sample_ratio, self._task.seed)
-            yield table.filter(pa.array(allowed_N))
+            yield self._allow(table)
+
+    def _allow(self, table: pa.Table) -> pa.Table:
+        allowed_N = _allowed(table.column("key"), self._removed, self._task.selection.sample_ratio, self._task.seed)
+        return table.filter(pa.array(allowed_N))
+
+    def _count_usable(self, path: str) -> int:
+        histogram = read_histogram(path)
+        return self._voters.read(path, ("status",)).num_rows if histogram is None else int(histogram[2].sum())
+
+    def _tallies(self) -> Iterator[Chunk | Tally]:
+        """What whoever labeled a shard counted; its rows, where that is not told or where not all of them may be selected."""
+        removed = self._removed.to_pylist()
+        for first, last, path in self._voters.walk():
+            is_whole = self._task.selection.sample_ratio == 1 and bisect_left(removed, first) == bisect_right(removed, last)
+            histogram = read_histogram(path) if is_whole else None
+            if histogram is None:
+                yield self._chunk(self._allow(self._voters.read(path, _CHOICE)))
+            else:
+                yield Tally(*histogram)
 
     def _chunk(self, table: pa.Table) -> Chunk:
         keys, seed = table.column("key"), self._task.seed

@@ -13,7 +13,9 @@ from core.version import VERSION
 from server import (
     api_keys,
     batch_predictions,
+    dataset_deletion,
     datasets,
+    disk_use,
     docs,
     generations,
     health,
@@ -35,6 +37,7 @@ from server.openapi import DESCRIPTION, PREDICTOR_DESCRIPTION, TAGS, install_ope
 
 ROUTERS: list[APIRouter] = [
     datasets.router,
+    dataset_deletion.router,
     recipes.router,
     runs.router,
     iterations.router,
@@ -43,6 +46,7 @@ ROUTERS: list[APIRouter] = [
     promotions.router,
     batch_predictions.router,
     jobs.router,
+    disk_use.router,
     workers.router,
     api_keys.router,
     health.router,

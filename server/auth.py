@@ -43,6 +43,7 @@ SCOPES_OF_NOUN: dict[str, tuple[str, str]] = {
     "batch-predictions": ("predict", "predict"),
     "dataset-versions": ("datasets:read", "datasets:write"),
     "datasets": ("datasets:read", "datasets:write"),
+    "disk-use": ("runs:read", "admin"),
     "generations": ("generations:read", "generations:write"),
     "jobs": ("jobs:read", "jobs:write"),
     "pseudo-label-sets": ("runs:read", "runs:write"),

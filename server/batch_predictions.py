@@ -9,14 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
 from core.db.datasets import find_version
+from core.db.deletion import delete_prediction
 from core.db.files import list_files
 from core.db.generations import get_generation
 from core.db.jobs import NewJob, enqueue, get_job
 from core.db.promotions import get_alias
-from core.errors import InvalidRequest, NotFound, NotReady
+from core.errors import Expired, InvalidRequest, NotFound, NotReady
 from ml.config import RuntimeConfig
 from ml.validation import to_dict
-from server.dependencies import ServicesDep, make_router
+from server.dependencies import API, ServicesDep, make_router
 from server.idempotency import Answer, OnceDep
 from server.job_views import JobView, accepted_job
 from server.manifest_rows import read_rows
@@ -115,9 +116,9 @@ def _find_ready(session: Session, reference: str) -> str:
     return version.id
 
 
-@router.get("/batch-predictions/{job_id}/items", summary="Read a batch prediction", responses=problems(404, 409))
+@router.get("/batch-predictions/{job_id}/items", summary="Read a batch prediction", responses=problems(404, 409, 410))
 def list_batch_items(job_id: str, services: ServicesDep, page: PageDep) -> Page[BatchItem]:
-    """One row for every image, in the dataset's order; 409 until the job has succeeded."""
+    """One row for every image, in the dataset's order; 409 until the job has succeeded, 410 when they were removed for their age."""
     cursors = services.cursors
     with services.database.reading() as session:
         job = get_job(session, job_id)
@@ -126,12 +127,25 @@ def list_batch_items(job_id: str, services: ServicesDep, page: PageDep) -> Page[
         raise NotFound(f"job {job_id} is no batch prediction")
     if job.status != "succeeded":
         raise NotReady(f"batch prediction {job_id} is {job.status}", status=job.status)
+    if "predictions.parquet" not in files:
+        message = f"the items of batch prediction {job_id} were removed for their age (NOISY_STUDENT_KEEP_PREDICTIONS_DAYS); predict again"
+        given = {name: job.input[key] for name, key in (("generation", "generation_id"), ("dataset", "version_id"))}
+        again = {"method": "POST", "path": f"{API}/batch-predictions", "body": given}
+        raise Expired(message, setting="NOISY_STUDENT_KEEP_PREDICTIONS_DAYS", make_again=again)
     listing = f"batch-items:{job_id}"
     position = 0 if page.cursor is None else cursors.decode(listing, page.cursor)[0]
     path = services.storage.fetch(files["predictions.parquet"])
     rows, following = read_rows(path, position=position, limit=page.limit, columns=_COLUMNS)
     items = [_show(row) for row in rows]
     return Page(items=items, next_cursor=None if following is None else cursors.encode(listing, [following]))
+
+
+@router.delete("/batch-predictions/{job_id}", summary="Delete a batch prediction", status_code=204, responses=problems(404, 409))
+def remove_batch_prediction(job_id: str, services: ServicesDep) -> Response:
+    """With its job and every item; 409 while it is still made."""
+    with services.database.transaction() as session:
+        delete_prediction(session, job_id)
+    return Response(status_code=204)
 
 
 def _show(row: dict[str, Any]) -> BatchItem:

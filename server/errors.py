@@ -25,6 +25,7 @@ PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     errors.ServiceError: (500, "internal_error"),
     errors.NotFound: (404, "not_found"),
     errors.PredictElsewhere: (404, "predict_elsewhere"),
+    errors.Expired: (410, "expired"),
     errors.InvalidRequest: (422, "invalid_request"),
     errors.FolderRefused: (422, "folder_refused"),
     errors.LeakageFound: (422, "leakage"),

@@ -34,6 +34,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "promotions", "description": "Aliases such as `production`, moved through a gate."},
     {"name": "predict", "description": "Ask a promoted generation about images."},
     {"name": "jobs", "description": "Everything that runs: status, progress, logs, cancel, retry."},
+    {"name": "disk-use", "description": "How much storage is in use by what, and what deleting it would free."},
     {"name": "workers", "description": "Who runs jobs, and how many wait."},
     {"name": "api-keys", "description": "Who may do what."},
     {"name": "health", "description": "Liveness, readiness, metrics."},

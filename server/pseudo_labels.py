@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from core.db.datasets import get_ready_version, get_version
+from core.db.deletion import delete_set
 from core.db.files import list_files
 from core.db.generations import get_generation
-from core.db.pseudo_labels import count_label_jobs, create_set, get_set
+from core.db.pseudo_labels import cancel_set, count_label_jobs, create_set, get_set
 from core.db.tables import Generation, Job, PseudoLabelSet
-from core.errors import InvalidRequest, NotFound, NotReady
+from core.errors import Expired, InvalidRequest, NotFound, NotReady
 from ml.config import LabelingConfig, RuntimeConfig, SelectionConfig
 from ml.validation import to_dict
 from server.dependencies import API, ServicesDep, make_router
@@ -58,6 +59,8 @@ class SetRequest(BaseModel):
     """Evaluation datasets whose images (and near-duplicates) are kept out of the selection."""
     priority: Priority = 0
     """Of two waiting jobs the one of the higher priority is started first; the set's jobs have it."""
+    reuse: bool = True
+    """Take labels over that the same network made of the same images under the same runtime; off labels every image anew."""
 
 
 class SetView(BaseModel):
@@ -82,6 +85,10 @@ class SetView(BaseModel):
     priority: int
     report: dict[str, Any] | None
     """What selection counted; null until the set is ready."""
+    shards_expired_at: datetime | None
+    """When its shards were removed for their age: what was selected stays, and no other set can take its labels over any more."""
+    items_expired_at: datetime | None
+    """When the list of its guesses was removed for its age: `items` answers 410 since."""
     created_at: datetime
     finished_at: datetime | None
     jobs: list[str]
@@ -192,6 +199,7 @@ def create_pseudo_label_set(body: SetRequest, services: ServicesDep, once: OnceD
                 evaluation_version_ids=kept_out,
                 selection_generation_id=None if chooser is None else chooser.id,
                 priority=body.priority,
+                reuse=body.reuse,
             )
             return Answer(_show(session, row), location=f"{API}/pseudo-label-sets/{row.id}")
 
@@ -248,6 +256,21 @@ def read_pseudo_label_set(set_id: str, services: ServicesDep) -> SetView:
         return _show(session, get_set(session, set_id))
 
 
+@router.post("/pseudo-label-sets/{set_id}/cancel", summary="Cancel a pseudo-label set", responses=problems(404, 409))
+def cancel_pseudo_label_set(set_id: str, services: ServicesDep) -> SetView:
+    """Its waiting jobs are canceled at once, the running ones at their next heartbeat. One of a run is canceled with the run."""
+    with services.database.transaction() as session:
+        return _show(session, cancel_set(session, set_id))
+
+
+@router.delete("/pseudo-label-sets/{set_id}", summary="Delete a pseudo-label set", status_code=204, responses=problems(404, 409))
+def remove_pseudo_label_set(set_id: str, services: ServicesDep) -> Response:
+    """With its jobs and every guess. 409 while it has not ended, and for one of a run: that goes with the run."""
+    with services.database.transaction() as session:
+        delete_set(session, set_id)
+    return Response(status_code=204)
+
+
 def _report(session: Session, set_id: str) -> dict[str, Any]:
     row = get_set(session, set_id)
     if row.report is None:
@@ -276,7 +299,7 @@ def read_label_histogram(set_id: str, services: ServicesDep) -> ConfidenceHistog
     return ConfidenceHistogram(edges=histogram["edges"], classes=classes)
 
 
-@router.get("/pseudo-label-sets/{set_id}/items", summary="Read guesses", responses=problems(404, 409))
+@router.get("/pseudo-label-sets/{set_id}/items", summary="Read guesses", responses=problems(404, 409, 410))
 def list_label_items(
     set_id: str,
     *,
@@ -287,12 +310,15 @@ def list_label_items(
     max_confidence: Annotated[float | None, Query(ge=0, le=1, description="Below, not at it.")] = None,
     selected: Annotated[bool | None, Query(description="Only those that selection kept, or only those it left out.")] = None,
 ) -> Page[LabelItem]:
-    """Most confident first; images without a guess come last."""
+    """Most confident first; images without a guess come last. 410 when the list was removed for its age, with how to make it again."""
     cursors = services.cursors
     with services.database.reading() as session:
         _report(session, set_id)
         digests = {row.name: row.digest for row in list_files(session, set_id)}
-        class_names = get_generation(session, get_set(session, set_id).generation_id).class_names
+        row = get_set(session, set_id)
+        class_names = get_generation(session, row.generation_id).class_names
+    if "items.parquet" not in digests:
+        raise _expired(row)
     if class_name is not None and class_name not in class_names:
         raise InvalidRequest(f"there is no class {class_name!r}; known: {', '.join(class_names[:20])}", parameter="class")
     listing = f"items:{set_id}?{class_name}&{min_confidence}&{max_confidence}&{selected}"
@@ -305,6 +331,27 @@ def list_label_items(
         for row in rows
     ]
     return Page(items=items, next_cursor=None if following is None else cursors.encode(listing, [following]))
+
+
+def _expired(row: PseudoLabelSet) -> Expired:
+    """The list of guesses is gone, and this makes the same ones again, in a set of their own."""
+    beside = {"evaluation_version_ids", "keep_keys_of_set_id"}
+    body = {
+        "generation": row.generation_id,
+        "unlabeled": row.unlabeled_version_id,
+        "labeling": row.labeling,
+        "selection": {name: value for name, value in row.selection.items() if name not in beside},
+        "seed": row.seed,
+        "evaluation": row.selection["evaluation_version_ids"],
+    }
+    moment = None if row.items_expired_at is None else row.items_expired_at.isoformat(timespec="seconds")
+    return Expired(
+        f"the guesses of pseudo-label set {row.id} were removed {moment or 'long ago'} for their age (NOISY_STUDENT_KEEP_ITEMS_DAYS); "
+        f"what was selected is still there. POST {API}/pseudo-label-sets labels the pool again, with the body in details.make_again",
+        expired_at=moment,
+        setting="NOISY_STUDENT_KEEP_ITEMS_DAYS",
+        make_again={"method": "POST", "path": f"{API}/pseudo-label-sets", "body": body},
+    )
 
 
 @router.get(

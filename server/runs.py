@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from core import lifecycle
+from core.db.deletion import delete_run
 from core.db.jobs import request_cancel
 from core.db.runs import create_run, get_run, last_iteration, list_iterations, list_open_jobs, move_run
 from core.db.session import now
@@ -257,6 +258,20 @@ def extend_run(run_id: str, body: ExtendRequest, services: ServicesDep, once: On
             return _accepted(session, move_run(session, run_id, "active") if run.status == "completed" else run)
 
         return once.run(session, extend)
+
+
+@router.delete("/runs/{run_id}", summary="Delete a run", status_code=204, responses=problems(404, 409))
+def remove_run(run_id: str, services: ServicesDep) -> Response:
+    """With its iterations, jobs, events, pseudo-label sets and generations; their files follow after a while. Its datasets stay.
+
+    409 while it has not ended, and with the referrers while an alias or its history, another run, a generation or a pseudo-label set
+    needs one of its generations.
+    """
+    with services.database.transaction() as session:
+        generations = delete_run(session, run_id)
+    for generation_id in generations:
+        services.serving.predictor.forget(generation_id)
+    return Response(status_code=204)
 
 
 def _locked(session: Session, run_id: str) -> Run:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from core.db import jobs
 from core.db.files import list_files, replace_files
+from core.db.retention import CHECKPOINT
 from core.db.session import AWAY, Database
 from core.db.tables import Job
 from core.errors import StorageError
 from core.logs import get_log
 from core.storage import Storage, materialize
 
-PREFIX = "checkpoint-"
+PREFIX = CHECKPOINT
 _NAME = re.compile(rf"{PREFIX}(\d+)/(.+)")
 _LOG = re.compile(r"attempt-(\d+)\.log")
 

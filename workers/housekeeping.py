@@ -5,40 +5,33 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
 import sqlalchemy.exc
-from sqlalchemy.orm import Session
 
-from core.db.files import find_named_digests
 from core.db.jobs import lose_expired
 from core.db.runs import move_to_offered_devices
 from core.db.session import Database, now
-from core.db.tables import Generation, Job, StoredFile, Worker
-from core.db.workers import forget_old_messages, hint_again, hold_singleton, is_held, list_unpublished, mark_published, release_singleton
+from core.db.tables import Generation, Job, Worker
+from core.db.workers import forget_old_messages, hint_again, hold_singleton, list_unpublished, mark_published, release_singleton
 from core.errors import ServiceError
 from core.lifecycle import JOB_TERMINAL
 from core.logs import get_log
 from core.queue import Queue
 from core.settings import Settings
 from core.storage import Storage
-from workers import controller
-from workers.checkpoints import PREFIX
+from workers import controller, garbage
 
 SINGLETON = "housekeeping"
-BACKUP = "backup"
-"""Held while a backup is made: no stored file is removed then."""
 SINGLETON_SECONDS = 6.0
 RELAY_SECONDS = 0.15
 HINT_AGAIN_SECONDS = 10.0
 DEVICE_UNSEEN_SECONDS = 120.0
 """A run whose device is open waits this long for the one that it was to have: as long as a worker may need to be started again."""
 SWEEP_SECONDS = 60.0
-KEEP_UNFINISHED_SECONDS = 7 * 24 * 3600.0
-"""Checkpoints of failed and canceled jobs stay this long: a retry goes on from them."""
 KEEP_MESSAGES_SECONDS = 3600.0
 KEEP_SIGNS_SECONDS = 24 * 3600.0
 _BATCH = 200
@@ -197,11 +190,11 @@ class Housekeeping:
             hint_again(session, older_than_seconds=HINT_AGAIN_SECONDS)
 
     def sweep(self) -> None:
-        """Remove what nobody needs: unnamed files, folders of finished jobs, copies of deleted generations, old messages and signs."""
+        """Remove what nobody needs: unnamed files, what is old by the settings, folders of finished jobs, old messages and signs."""
         self.sweep_signs()
         with self._database.transaction() as session:
             forget_old_messages(session, older_than_seconds=KEEP_MESSAGES_SECONDS)
-            _forget_old_checkpoints(session)
+        garbage.forget_expired(self._database, self._settings, at_once=False)
         self._sweep_host_when_due()
         if self._storage.is_local:
             self.sweep_files()
@@ -233,23 +226,12 @@ class Housekeeping:
 
     def sweep_files(self) -> None:
         """Remove stored files that no row names and that are old enough not to be about to be named."""
-        grace = self._settings.orphan_grace_seconds
-        with self._database.reading() as session:
-            # By the clock of all: a host whose own is an hour ahead would take for old what is about to be named.
-            moment = now(session).timestamp()
-        for digests in _in_batches(self._storage.list_old(older_than_seconds=grace, now_seconds=moment)):
-            with self._database.reading() as session:
-                if is_held(session, BACKUP):
-                    return
-                named = find_named_digests(session, digests)
-            for digest in set(digests) - named:
-                self._storage.remove(digest, unless_touched_within_seconds=grace)
-                get_log().info("storage.removed", digest=digest)
+        garbage.sweep_files(self._database, self._storage, self._settings)
 
     def sweep_signs(self) -> None:
         """Remove the signs of life of workers that ended without a word, long ago."""
         directory = self._settings.workers_directory
-        for ids in _in_batches(path.stem for path in directory.glob("*.json")):
+        for ids in garbage.in_batches(path.stem for path in directory.glob("*.json")):
             with self._database.reading() as session:
                 oldest = now(session) - timedelta(seconds=KEEP_SIGNS_SECONDS)
                 kept = set(session.scalars(sa.select(Worker.id).where(Worker.id.in_(ids), Worker.seen_at >= oldest)))
@@ -260,40 +242,22 @@ class Housekeeping:
         """Remove the folders, named by ids, that `find_unneeded` gives of a list of ids."""
         if not directory.is_dir():
             return
-        for ids in _in_batches(path.name for path in directory.iterdir() if not path.name.startswith(".")):
+        for ids in garbage.in_batches(path.name for path in directory.iterdir() if not path.name.startswith(".")):
             for name in find_unneeded(ids):
                 shutil.rmtree(directory / name, ignore_errors=True)
 
     def _finished_jobs(self, ids: list[str]) -> list[str]:
-        """Succeeded ones, and those that failed so long ago that nobody will retry them."""
+        """Succeeded ones, those that failed so long ago that nobody will retry them, and those that were deleted."""
         with self._database.reading() as session:
-            rows = session.execute(sa.select(Job.id, Job.status, Job.finished_at).where(Job.id.in_(ids), Job.status.in_(JOB_TERMINAL)))
+            rows = session.execute(sa.select(Job.id, Job.status, Job.finished_at).where(Job.id.in_(ids))).all()
             moment = now(session)
-            ages = [(job_id, status, (moment - finished).total_seconds()) for job_id, status, finished in rows if finished]
-        keep = {"succeeded": SWEEP_SECONDS}
-        return [job_id for job_id, status, age in ages if age > keep.get(status, KEEP_UNFINISHED_SECONDS)]
+        gone = set(ids) - {job_id for job_id, _, _ in rows}
+        ages = [(job_id, status, (moment - at).total_seconds()) for job_id, status, at in rows if status in JOB_TERMINAL and at]
+        # A retry of a failed or canceled one goes on from what lies there.
+        kept_seconds = self._settings.keep_checkpoints_days * 24 * 3600
+        return [*gone, *(job_id for job_id, status, age in ages if age > (SWEEP_SECONDS if status == "succeeded" else kept_seconds))]
 
     def _deleted_generations(self, ids: list[str]) -> list[str]:
         with self._database.reading() as session:
             kept = set(session.scalars(sa.select(Generation.id).where(Generation.id.in_(ids))))
         return [name for name in ids if name not in kept]
-
-
-def _forget_old_checkpoints(session: Session) -> None:
-    """Those in storage of jobs that failed or were canceled so long ago that nobody will retry them."""
-    ended = sa.select(Job.id).where(
-        Job.status.in_(JOB_TERMINAL), Job.finished_at < now(session) - timedelta(seconds=KEEP_UNFINISHED_SECONDS)
-    )
-    checkpoints = StoredFile.name.startswith(PREFIX, autoescape=True)
-    session.execute(sa.delete(StoredFile).where(checkpoints, StoredFile.owner_id.in_(ended)))
-
-
-def _in_batches(items: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

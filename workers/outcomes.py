@@ -15,11 +15,13 @@ from core.db.events import count_reports
 from core.db.files import forget_files, name_files
 from core.db.generations import register_generation
 from core.db.pseudo_labels import finish_set
+from core.db.reuse import Labeled, remember_shard
 from core.db.tables import Iteration, Job, Run
 from core.errors import NotFound, NotReady, ServiceError, StorageDamaged, StorageError, StorageFull
 from core.storage import Storage
 from workers.checkpoints import PREFIX
 from workers.progress import Reports
+from workers.reuse import Found, keys_of_result
 
 Stored = dict[str, dict[str, Any]]
 """Name → {digest, num_bytes}."""
@@ -81,7 +83,20 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
         finish_set(session, job.pseudo_label_set_id, files=files, report=made["report"])
     else:
         name_files(session, job.id, files)
+    if job.kind == "label":
+        remember_shard(session, job.id, keys_of_result(session, job, made))
     return done
+
+
+def record_reuse(session: Session, job: Job, found: Found, shard: Labeled, files: Stored, *, lease_seconds: float) -> Job | None:
+    """Finish a labeling job with the shard that another job labeled; None when fenced."""
+    reports = Reports()
+    reports.runtime = found.runtime
+    reports.items.append(("reused", {"job_id": shard.job_id, "digest": shard.digest}))
+    if write_reports(session, job, reports, lease_seconds=lease_seconds) is None:
+        return None
+    made = shard.result | {"skipped": True, "seconds": 0.0, "images_per_second": 0.0, "reused_from": shard.job_id}
+    return record_success(session, job, made, files, {})
 
 
 def _summary(job: Job, made: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from core.db.session import AWAY, Database
 from core.db.tables import Job
 from core.errors import ServiceError, StorageError
 from core.logs import get_log
-from workers import outcomes
+from workers import outcomes, reuse
 from workers.beside import Beside
 from workers.checkpoints import CheckpointKeeper
 from workers.child import Child
@@ -47,6 +47,8 @@ class Watch:
     child: Child
     keeper: CheckpointKeeper | None = None
     """None where checkpoints lie in storage's own file system anyway."""
+    asked_runtime: dict[str, Any] | None = None
+    """What the attempt was told to run on, before it was resolved."""
     reports: Reports = field(default_factory=Reports)
     looked_at: float = field(default_factory=time.monotonic)
     beat_at: float = field(default_factory=time.monotonic)
@@ -123,11 +125,15 @@ class Slot(threading.Thread):
         log.info("attempt.started", token=job.token)
         watch = None
         try:
-            request = self._prepare(job)
-            if request is None:
+            ended = self._take_over(job)
+            request = None if ended is not None else self._prepare(job)
+            if ended is not None:
+                done = True
+            elif request is None:
                 ended, done = self._give_back(job), False
             else:
-                watch = Watch(job, self._child or Child(self._supervisor.inputs.access(job)), self._make_keeper(job))
+                child = self._child or Child(self._supervisor.inputs.access(job))
+                watch = Watch(job, child, self._make_keeper(job), asked_runtime=request["input"].get("runtime"))
                 self._child = None
                 watch.child.send(request)
                 ended, done = self._follow(watch)
@@ -243,6 +249,8 @@ class Slot(threading.Thread):
         if message["type"] == "error":
             return self._fail(watch.job, message["error"], watch), False
         job, storage = watch.job, self._supervisor.storage
+        if watch.asked_runtime is not None:
+            self._supervisor.reuse.note(watch.asked_runtime, message["result"].get("runtime"))
         try:
             within = self._settings.orphan_grace_seconds * _NAMED_WITHIN or math.inf
             files = self._beside(job, lambda: outcomes.store(storage, message["files"], within_seconds=within), patient=True)
@@ -284,6 +292,21 @@ class Slot(threading.Thread):
     def _prepare(self, job: Job) -> dict[str, Any] | None:
         """What the child is to be told; None when the job was taken away, canceled or must wait for another worker meanwhile."""
         return self._beside(job, lambda: self._supervisor.inputs.request(job), patient=False)
+
+    def _take_over(self, job: Job) -> Job | None:
+        """The job as succeeded with labels that were made before; None when it must be labeled, or is not this worker's any more."""
+        found = self._supervisor.reuse.find(job) if self._settings.reuse_labels else None
+        if found is None:
+            return None
+        storage, directory = self._supervisor.storage, self._supervisor.inputs.directory(job.id)
+        if not found.is_same:
+            self._beside(job, lambda: reuse.lay_out(storage, found, directory), patient=False)
+            return None
+        kept = self._beside(job, lambda: reuse.keep(storage, found), patient=False)
+        if kept is None:
+            return None
+        lease = self._settings.lease_seconds
+        return self._settle(lambda session: outcomes.record_reuse(session, job, found, *kept, lease_seconds=lease))
 
     def _give_back(self, job: Job) -> Job | None:
         return self._settle(lambda session: outcomes.record_interruption(session, job, {}, reason="worker.stopped"))

@@ -22,6 +22,7 @@ from workers.announcement import describe_worker
 from workers.health import SignOfLife
 from workers.inputs import Inputs
 from workers.processes import start_ticks
+from workers.reuse import Reuse
 from workers.slots import Slot
 
 SEEN_SECONDS = 15.0
@@ -54,6 +55,7 @@ class Supervisor:
         self.capabilities = capabilities or settings.capabilities
         self.name = name or make_name(settings)
         self.inputs = Inputs(database, storage, settings, capabilities=self.capabilities)
+        self.reuse = Reuse(database, capabilities=self.capabilities)
         self.stopping = threading.Event()
         self.crashed = threading.Event()
         self._on_job_ended = on_job_ended

@@ -67,7 +67,7 @@ def create_dataset(session: Session, *, name: str, kind: str) -> Dataset:
             return before
         message = f"a dataset named {name!r} exists; add a version to it (`datasets add --new-version`), or choose another name"
         raise AlreadyExists(message, pointer="/name")
-    dataset = Dataset(id=new_id("dataset"), name=name, kind=kind, created_at=now(session))
+    dataset = Dataset(id=new_id("dataset"), name=name, kind=kind, last_number=0, created_at=now(session))
     session.add(dataset)
     session.flush()
     return dataset
@@ -84,7 +84,7 @@ def add_version(session: Session, dataset: Dataset, *, source: dict[str, Any], i
     version = DatasetVersion(
         id=new_id("dataset_version"),
         dataset_id=dataset.id,
-        number=(number or 0) + 1,
+        number=max(number or 0, dataset.last_number) + 1,
         status="pending",
         source=source,
         created_at=now(session),

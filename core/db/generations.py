@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +14,8 @@ from core.db.session import now
 from core.db.tables import Alias, Generation, Iteration, Job, Promotion, PseudoLabelSet, Run
 from core.errors import NotReady, StillReferenced
 from core.ids import absent
+
+_ID = re.compile(r"gen_\w+")
 
 
 def register_generation(session: Session, job: Job, result: dict[str, Any]) -> Generation:
@@ -54,33 +58,61 @@ def get_generation(session: Session, generation_id: str) -> Generation:
     raise absent("generation", generation_id)
 
 
+def hold_generation(session: Session, generation_id: str) -> None:
+    """Keep a generation from being deleted until the transaction ends that begins to need it; NotFound when it is gone."""
+    held = sa.select(Generation.id).where(Generation.id == generation_id).with_for_update(read=True, key_share=True)
+    if session.scalar(held) is None:
+        raise absent("generation", generation_id)
+
+
 def list_referrers(session: Session, generation_id: str) -> list[str]:
     """Every row that needs this generation, as `kind id`."""
-    referrers = [f"alias {name}" for name in session.scalars(sa.select(Alias.name).where(Alias.generation_id == generation_id))]
-    moved = session.scalars(sa.select(Promotion.alias).where(Promotion.generation_id == generation_id).distinct())
+    return list_referrers_of(session, sa.select(Generation.id).where(Generation.id == generation_id))
+
+
+def list_referrers_of(session: Session, generations: sa.Select[str], *, outside_run: str | None = None) -> list[str]:
+    """Every row that needs one of the generations whose ids the query gives, as `kind id`; rows of `outside_run` do not count."""
+
+    def elsewhere(run_id: Any) -> sa.ColumnElement[bool]:
+        return sa.true() if outside_run is None else run_id.is_distinct_from(outside_run)
+
+    referrers = [f"alias {name}" for name in session.scalars(sa.select(Alias.name).where(Alias.generation_id.in_(generations)))]
+    moved = session.scalars(sa.select(Promotion.alias).where(Promotion.generation_id.in_(generations)).distinct())
     referrers += [f"history of alias {alias}" for alias in moved]
-    made = sa.select(Generation.id).where(Generation.teacher_generation_id == generation_id)
+    made = sa.select(Generation.id).where(Generation.teacher_generation_id.in_(generations), elsewhere(Generation.run_id))
     referrers += [f"generation {row}" for row in session.scalars(made)]
-    labeled = sa.or_(PseudoLabelSet.generation_id == generation_id, PseudoLabelSet.selection_generation_id == generation_id)
-    referrers += [f"pseudo-label set {row}" for row in session.scalars(sa.select(PseudoLabelSet.id).where(labeled))]
+    labeled = sa.or_(PseudoLabelSet.generation_id.in_(generations), PseudoLabelSet.selection_generation_id.in_(generations))
+    sets = sa.select(PseudoLabelSet.id).where(labeled, elsewhere(PseudoLabelSet.run_id))
+    referrers += [f"pseudo-label set {row}" for row in session.scalars(sets)]
     of_run = sa.or_(
-        Iteration.generation_id == generation_id,
-        Iteration.teacher_generation_id == generation_id,
-        Iteration.control_generation_id == generation_id,
+        Iteration.generation_id.in_(generations),
+        Iteration.teacher_generation_id.in_(generations),
+        Iteration.control_generation_id.in_(generations),
     )
-    # Recipes and plans name generations too: as initial weights, and as the one that selects.
-    open_run = Run.status.in_(("active", "paused"))
-    named = sa.cast(Run.recipe, sa.Text).contains(generation_id, autoescape=True)
-    planned = sa.cast(Iteration.plan, sa.Text).contains(generation_id, autoescape=True)
     runs = sa.union(
-        sa.select(Iteration.run_id).where(of_run),
-        sa.select(Run.id).where(sa.or_(Run.initial_generation_id == generation_id, sa.and_(open_run, named))),
-        sa.select(Iteration.run_id).join(Run, Run.id == Iteration.run_id).where(open_run, planned),
+        sa.select(Iteration.run_id).where(of_run, elsewhere(Iteration.run_id)),
+        sa.select(Run.id).where(Run.initial_generation_id.in_(generations), elsewhere(Run.id)),
     )
-    referrers += [f"run {row}" for row in session.scalars(runs)]
-    active = sa.select(Job.id).where(Job.status.in_(("queued", "running")), sa.cast(Job.input, sa.Text).contains(generation_id))
-    referrers += [f"job {row}" for row in session.scalars(active)]
-    return referrers
+    ids = set(session.scalars(generations))
+    found = set(session.scalars(runs)) | _runs_that_write(session, ids, elsewhere)
+    referrers += [f"run {row}" for row in sorted(found)]
+    # Labeling jobs name what their sets name, trainings what their runs do.
+    open_jobs = Job.status.in_(("queued", "running")), Job.kind.not_in(("label", "train")), elsewhere(Job.run_id)
+    jobs = _naming(session, sa.select(Job.id, sa.cast(Job.input, sa.Text)).where(*open_jobs), ids)
+    return referrers + [f"job {row}" for row in sorted(jobs)]
+
+
+def _runs_that_write(session: Session, ids: set[str], elsewhere: Callable[[Any], sa.ColumnElement[bool]]) -> set[str]:
+    """Recipes and plans name generations too: as initial weights, and as the one that selects."""
+    open_run = Run.status.in_(("active", "paused"))
+    recipes = sa.select(Run.id, sa.cast(Run.recipe, sa.Text)).where(open_run, elsewhere(Run.id))
+    plans = sa.select(Iteration.run_id, sa.cast(Iteration.plan, sa.Text)).join(Run, Run.id == Iteration.run_id)
+    return _naming(session, recipes, ids) | _naming(session, plans.where(open_run, elsewhere(Run.id)), ids)
+
+
+def _naming(session: Session, texts: sa.Select[str, str], ids: set[str]) -> set[str]:
+    """Of the rows (id, text) those whose text names one of the ids."""
+    return {row_id for row_id, text in session.execute(texts) if ids & set(_ID.findall(text))}
 
 
 def delete_generation(session: Session, generation_id: str) -> None:

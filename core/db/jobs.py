@@ -174,8 +174,9 @@ def fail(session: Session, job_id: str, *, token: int, error: dict[str, Any], ba
     `error` holds `class` (lifecycle.ERROR_CLASSES), `code`, `message`, optional `step`. The same code at the same step twice ends the
     retries; `resource` allows one retry, with half the micro-batch.
     """
-    job = get_job(session, job_id)
-    return _end_attempt(session, job, token, error, backoff_seconds=backoff_seconds)
+    job = session.get(Job, job_id, populate_existing=True)
+    # A worker that was given up on may come back after the job was deleted.
+    return None if job is None else _end_attempt(session, job, token, error, backoff_seconds=backoff_seconds)
 
 
 def step_of(progress: dict[str, Any] | None) -> int | None:

@@ -8,9 +8,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db.files import name_files
-from core.db.jobs import NewJob, enqueue
+from core.db.jobs import NewJob, enqueue, request_cancel
 from core.db.session import now
 from core.db.tables import Job, PseudoLabelSet
+from core.errors import WrongState
 from core.ids import absent, new_id
 
 
@@ -31,8 +32,12 @@ def create_set(
     selection_generation_id: str | None = None,
     keep_keys_of_set_id: str | None = None,
     priority: int = 0,
+    reuse: bool = True,
 ) -> tuple[PseudoLabelSet, list[Job]]:
-    """Insert the set and a labeling job for each shard (twice as many with a separate selection model)."""
+    """Insert the set and a labeling job for each shard (twice as many with a separate selection model).
+
+    `reuse` off: every shard is labeled, also where the same labels were made before.
+    """
     row = PseudoLabelSet(
         id=new_id("pseudo_label_set"),
         status="labeling",
@@ -51,10 +56,10 @@ def create_set(
     )
     session.add(row)
     session.flush()
-    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability))
+    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability, reuse=reuse))
 
 
-def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str) -> list[NewJob]:
+def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, reuse: bool) -> list[NewJob]:
     shard_size = row.labeling["shard_size"]
     wanted: list[NewJob] = []
     for purpose, labeler in (("label", row.generation_id), ("select", row.selection_generation_id)):
@@ -69,6 +74,7 @@ def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: 
                 "labeling": row.labeling,
                 "runtime": runtime,
                 "purpose": purpose,
+                "reuse": reuse,
             }
             wanted.append(
                 NewJob(
@@ -131,3 +137,23 @@ def finish_set(session: Session, set_id: str, *, files: dict[str, dict[str, Any]
     row.report = report
     row.finished_at = now(session)
     name_files(session, set_id, files)
+
+
+def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
+    """Cancel a set of its own with its jobs; twice changes nothing. WrongState for one that has ended, or that belongs to a run."""
+    row = get_set(session, set_id)
+    if row.run_id is not None:
+        raise WrongState(f"pseudo-label set {set_id} belongs to run {row.run_id}; cancel the run")
+    # Jobs before their set, as everybody who writes both.
+    still_open = sa.select(Job.id).where(Job.pseudo_label_set_id == set_id, Job.status.in_(("queued", "running"))).order_by(Job.id)
+    jobs = list(session.scalars(still_open.with_for_update()))
+    row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    if row.status in ("ready", "failed"):
+        raise WrongState(
+            f"pseudo-label set {set_id} is already {row.status}; only one that is still made can be canceled", status=row.status
+        )
+    if row.status != "canceled":
+        row.status, row.finished_at = "canceled", now(session)
+    for job_id in jobs:
+        request_cancel(session, job_id)
+    return row

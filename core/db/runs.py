@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
+from core.db.generations import hold_generation
 from core.db.jobs import NewJob, enqueue, move_waiting
 from core.db.pseudo_labels import create_set
 from core.db.session import now
@@ -36,6 +37,8 @@ def create_run(
     priority: int = 0,
 ) -> tuple[Run, Job | None]:
     """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
+    if initial_generation_id is not None:
+        hold_generation(session, initial_generation_id)
     moment = now(session)
     run = Run(
         id=new_id("run"),

@@ -60,6 +60,8 @@ class Dataset(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     kind: Mapped[str]
+    last_number: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
+    """The highest number of a version that was deleted: no number is given twice."""
     created_at: Mapped[datetime]
 
 
@@ -174,6 +176,9 @@ class Job(Base):
     cancel_requested_at: Mapped[datetime | None]
     hinted_at: Mapped[datetime | None]
     num_events: Mapped[int] = mapped_column(default=0)
+    reuse_key: Mapped[str | None] = mapped_column(index=True)
+    """Of a labeled shard: jobs with the same one make the same bytes."""
+    reuse_dataset_key: Mapped[str | None] = mapped_column(index=True)
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -220,6 +225,8 @@ class PseudoLabelSet(Base):
     num_images: Mapped[int]
     priority: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     report: Mapped[dict[str, Any] | None]
+    shards_expired_at: Mapped[datetime | None]
+    items_expired_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
 
@@ -313,7 +320,7 @@ class IdempotencyRecord(Base):
     status_code: Mapped[int]
     body: Mapped[dict[str, Any]]
     location: Mapped[str | None]
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class ApiKey(Base):

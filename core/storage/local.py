@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from core.errors import StorageError
 from core.storage.digests import CHUNK_BYTES, altered, digest_of, fsync_directory, missing, place_of, storage_errors
+
+_LOCK_SECONDS = 10.0
+_LOCK_PAUSE_SECONDS = 0.001
 
 
 class LocalStorage:
@@ -36,9 +40,7 @@ class LocalStorage:
             digest = digest_of(path)
             target = self._path(digest)
             num_bytes = path.stat().st_size
-            if target.exists() and target.stat().st_size == num_bytes:
-                # Its clock starts anew, so that a sweep does not remove what is about to be named.
-                os.utime(target)
+            if self._renew(target, digest, num_bytes):
                 return {"digest": digest, "num_bytes": num_bytes}
             target.parent.mkdir(parents=True, exist_ok=True)
             # Rename is atomic on one filesystem only, so the temporary file lies beside the target.
@@ -49,12 +51,42 @@ class LocalStorage:
                     copy.flush()
                     os.fsync(copy.fileno())
                 os.chmod(temporary, 0o444)
-                os.replace(temporary, target)
+                with self._locked(fcntl.LOCK_SH):
+                    os.replace(temporary, target)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
             fsync_directory(target.parent)
             return {"digest": digest, "num_bytes": num_bytes}
+
+    def _renew(self, target: Path, digest: str, num_bytes: int) -> bool:
+        """Let the clock of a file that is there start anew, so that a sweep does not remove what is about to be named.
+
+        False when there is none, or one that was altered: whoever brings the content again mends it.
+        """
+        if not target.exists() or target.stat().st_size != num_bytes or digest_of(target) != digest:
+            return False
+        with self._locked(fcntl.LOCK_SH):
+            try:
+                os.utime(target)
+            except FileNotFoundError:
+                return False
+        return True
+
+    @contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        """Between a sweep's look at a file's age and its removal nobody renews the file. Waits for seconds, never for a frozen process."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        with (self.directory / "lock").open("ab") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise StorageError(f"{self.directory} stayed locked for {_LOCK_SECONDS:.0f} s: a sweep there is frozen") from error
+                    time.sleep(_LOCK_PAUSE_SECONDS)
+            yield
 
     def fetch(self, digest: str, *, verify: bool = False) -> Path:
         """The file itself."""
@@ -68,7 +100,9 @@ class LocalStorage:
     def remove(self, digest: str, *, unless_touched_within_seconds: float = 0) -> None:
         """Unlink it."""
         path = self._path(digest)
-        with suppress(FileNotFoundError):
+        if not path.exists():
+            return
+        with self._locked(fcntl.LOCK_EX), suppress(FileNotFoundError):
             # A sweep looked at names a while ago; whoever kept the file since then is about to name it.
             if time.time() - path.stat().st_mtime >= unless_touched_within_seconds:
                 path.unlink()

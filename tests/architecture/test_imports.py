@@ -19,6 +19,7 @@ FACE = (
     "manifest",
     "recipes",
     "recipes.architectures",
+    "runtimes",
     "schedules",
     "self_training",
     "tasks",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,55 @@ def test_a_folder_of_stored_files_appears_whole_or_not_at_all(storage: Storage, 
 
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["whole"]
     assert (made / "sub" / "b").read_bytes() == b"weights"
+
+
+def test_a_sweep_waits_for_whoever_is_about_to_renew_a_file_and_then_leaves_it(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    (tmp_path / "file").write_text("needed again")
+    digest = storage.put(tmp_path / "file")["digest"]
+    os.utime(storage.fetch(digest), (0, 0))
+    sweep = threading.Thread(target=storage.remove, args=(digest,), kwargs={"unless_touched_within_seconds": 3600})
+
+    with (storage.directory / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        sweep.start()
+        # As `put` does between its look and its return.
+        sweep.join(0.1)
+        assert storage.fetch(digest).exists()
+        os.utime(storage.fetch(digest))
+    sweep.join(10)
+
+    assert not sweep.is_alive()
+    assert storage.fetch(digest).exists()
+
+
+def test_storing_the_same_content_while_it_is_swept_never_loses_it(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    (tmp_path / "file").write_text("stored again and again")
+    digest = storage.put(tmp_path / "file")["digest"]
+    lost = 0
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(200):
+            if (storage.directory / digest[:2] / digest).exists():
+                os.utime(storage.directory / digest[:2] / digest, (0, 0))
+            sweeps = [pool.submit(storage.remove, digest, unless_touched_within_seconds=3600) for _ in range(3)]
+            pool.submit(storage.put, tmp_path / "file").result()
+            for sweep in sweeps:
+                sweep.result()
+            lost += not (storage.directory / digest[:2] / digest).exists()
+
+    assert lost == 0
+
+
+def test_storing_the_content_again_mends_a_file_that_was_altered(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    (tmp_path / "file").write_text("whole")
+    digest = storage.put(tmp_path / "file")["digest"]
+    stored = storage.fetch(digest)
+    stored.chmod(0o644)
+    stored.write_text("WHOLE")
+
+    storage.put(tmp_path / "file")
+
+    storage.verify(digest)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ml.devices
+import ml.runtimes
 from ml.config import RuntimeConfig
 from ml.cores import num_cores
 from ml.devices import apply_runtime, autocast, host_facts, resolve_runtime, shield_small_convolutions, translate_oom
@@ -33,7 +34,7 @@ def test_what_is_given_stays_as_it_is() -> None:
 
 
 def test_on_a_cpu_the_network_gets_every_core_and_one_loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ml.devices, "num_cores", lambda: 8)
+    monkeypatch.setattr(ml.runtimes, "num_cores", lambda: 8)
 
     resolved = resolve_runtime(RuntimeConfig(device="cpu"))
 

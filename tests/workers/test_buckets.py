@@ -30,7 +30,7 @@ from tests.workers.builders import (
 )
 from workers import outcomes
 from workers.checkpoints import CheckpointKeeper, restore_checkpoint, snapshot
-from workers.housekeeping import KEEP_UNFINISHED_SECONDS, Housekeeping
+from workers.housekeeping import Housekeeping
 from workers.inputs import Inputs
 
 
@@ -224,7 +224,7 @@ def test_checkpoints_of_jobs_that_ended_long_ago_are_forgotten(database: Databas
     with database.transaction() as session:
         old = jobs.get_job(session, ended["long ago"])
         assert old.finished_at is not None
-        old.finished_at = old.finished_at - (KEEP_UNFINISHED_SECONDS + 60) * timedelta(seconds=1)
+        old.finished_at = old.finished_at - timedelta(days=7, seconds=60)
 
     settings = make_settings(tmp_path, database)
     Housekeeping(settings, database, make_storage(settings), PollingOnly(), holder="test").sweep()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ml.config import LabelingConfig
 from ml.tasks import LabelingTask
-from ml.validation import build
+from ml.validation import build, to_dict
 from workers.jobs import Made, Work
 from workers.jobs.runtime import settle_runtime
 
@@ -29,4 +29,6 @@ def run(work: Work) -> Made:
         runtime=runtime,
         output=str(output),
     )
-    return Made(files={output.name: output}, result=label(task, work.on_event, work.should_stop))
+    made = label(task, work.on_event, work.should_stop)
+    # What the bits depend on beside the images and the network: whoever wants the same ones may take these over.
+    return Made(files={output.name: output}, result=made | {"runtime": to_dict(runtime), "halved": work.halve_micro_batch})
