@@ -59,9 +59,13 @@ GOALS: tuple[Goal, ...] = (
     _most("overload-failed", "promotions", "five-fold overload: neither answered rightly nor 503", 0, ""),
     _most("overload-late", "promotions", "five-fold overload: accepted images that waited longer than the deadline", 0, ""),
     _most("overload-memory", "promotions", "five-fold overload: growth of a replica's memory", 100, "MB"),
+    _most("scale-reads-p99", "scale", "10⁶ jobs, 10⁵ generations, 30 000 shards: slowest API read, 99th percentile", 50, "ms"),
+    _most("scale-controller-pass", "scale", "10⁶ jobs, 10⁵ generations, 30 000 shards: longest controller pass", 1, "s"),
+    _most("ingestion-memory", "ingestion", "peak memory of ingesting 10 M images", 1000, "MB"),
+    _most("manifest-paging", "ingestion", "page of a manifest of 10 M images: last ÷ first, median", 1.5, ""),
 )
 
-BY_HAND: tuple[str, ...] = ("promotions",)
+BY_HAND: tuple[str, ...] = ("promotions", "scale", "ingestion")
 """Measurements that take minutes by design: they run when they are named."""
 MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS if goal.measurement not in BY_HAND))
 """Every other measurement, in the order in which they run."""

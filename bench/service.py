@@ -174,6 +174,15 @@ def resident_bytes(pid: int) -> int:
     return int(found.group(1)) * 1024
 
 
+def peak_resident_bytes(pid: int) -> int:
+    """The most resident memory that a process ever had; 0 when it is gone."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
+
+
 def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
