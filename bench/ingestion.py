@@ -1,4 +1,4 @@
-"""Ten million images ingested by the service, and their manifest paged through the API: memory that holds, pages that cost the same anywhere.
+"""Ten million images ingested by the service, and their manifest read through the API: bounded memory, pages that cost the same anywhere.
 
 By hand: `python -m bench ingestion`; IMAGES says how many (10 000 000 when nothing is said, some forty minutes on two cores). They
 are 4 × 4 pixels in Parquet files, as Hugging Face writes them, all different, under keys that come in no order: the
