@@ -27,9 +27,9 @@ from core.db import jobs
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.generations import register_generation
 from core.db.pseudo_labels import create_set
-from core.db.runs import create_run
+from core.db.runs import create_run, last_iteration
 from core.db.session import Database, now
-from core.db.tables import Event, Generation, Job, Run
+from core.db.tables import Event, Generation, Iteration, Job, Run
 from core.queue import PollingOnly
 from core.settings import Settings
 from core.storage import LocalStorage
@@ -39,7 +39,7 @@ from tests.builders_services import create_database, running_postgresql
 from workers.controller import advance_set
 from workers.housekeeping import Housekeeping
 
-JOBS, GENERATIONS, RUNS, SHARDS = 1_000_000, 100_000, 1_000, 30_000
+JOBS, GENERATIONS, RUNS, ITERATIONS, SHARDS = 1_000_000, 100_000, 1_000, 10, 30_000
 SHARD_SIZE = 10_000
 REPEATS = 200
 PASSES = 30
@@ -50,7 +50,7 @@ def measure() -> Measurement:
     found = Measurement(name="scale", details={"jobs": JOBS, "generations": GENERATIONS, "shards": SHARDS, "images": SHARDS * SHARD_SIZE})
     directory = Path(tempfile.mkdtemp(prefix="bench-scale-"))
     try:
-        with running_postgresql() as postgresql:
+        with running_postgresql(shared_buffers="128MB") as postgresql:
             url = create_database(postgresql, "scale")
             service = Service(directory, port := free_port(), _environment(directory, url, port))
             migrate(service)
@@ -120,8 +120,12 @@ class Filled:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
             copies = "'job_' || lpad(to_hex(g), 26, '0')"
             status = "CASE WHEN g % 100 = 0 THEN 'failed' ELSE t.status END"
-            _copy(session, Job, job.id, JOBS, id=copies, status=status, run_id=_one_of_runs("g"), iteration="g", generation_id="NULL")
+            places = {"run_id": _one_of_runs("g"), "iteration": _one_of_iterations("g"), "part": f"g / {RUNS * ITERATIONS}"}
+            _copy(session, Job, job.id, JOBS, id=copies, status=status, generation_id="NULL", **places)
             _copy(session, Run, run.id, RUNS, id=_one_of_runs("g"))
+            first = last_iteration(session, run.id).id
+            own = {"id": "'itr_' || lpad(to_hex(g), 26, '0')", "run_id": _one_of_runs("g"), "number": _one_of_iterations("g")}
+            _copy(session, Iteration, first, RUNS * ITERATIONS, **own)
             _copy(session, Generation, generation.id, GENERATIONS, id="'gen_' || lpad(to_hex(g), 26, '0')", job_id=copies)
             _copy_events(session, job.id)
         with database.engine().execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
@@ -155,6 +159,10 @@ def _one_of_runs(number: str) -> str:
     return f"'run_' || lpad(to_hex(1 + {number} % {RUNS}), 26, '0')"
 
 
+def _one_of_iterations(number: str) -> str:
+    return f"1 + {number} / {RUNS} % {ITERATIONS}"
+
+
 def _version(session: Session, kind: str) -> Any:
     version, _ = add_version(session, create_dataset(session, name=kind, kind=kind), source={"folder": "/data"}, ingest=False)
     number = SHARDS * SHARD_SIZE
@@ -163,7 +171,7 @@ def _version(session: Session, kind: str) -> Any:
     return version
 
 
-def _copy(session: Session, table: type[Job | Run | Generation], template: str, number: int, **columns: str) -> None:
+def _copy(session: Session, table: type[Job | Run | Iteration | Generation], template: str, number: int, **columns: str) -> None:
     """`number` copies of a row, numbered g from 1, with some columns by an expression of g."""
     names = [column.name for column in table.__table__.columns]
     values = ", ".join(columns.get(name, f"t.{name}") for name in names)
@@ -221,14 +229,18 @@ def _measure_reads(found: Measurement, service: Service, filled: Filled) -> None
         "/api/v1/jobs?status=queued",
         "/api/v1/jobs?status=failed",
         "/api/v1/jobs?kind=train",
+        "/api/v1/jobs?kind=train&status=failed",
         f"/api/v1/jobs?run_id={filled.run_id}",
         f"/api/v1/jobs/{filled.job_id}",
         f"/api/v1/jobs/{filled.job_id}/events?after=0",
         "/api/v1/runs",
         "/api/v1/runs?status=active",
         f"/api/v1/runs/{filled.run_id}",
+        f"/api/v1/runs/run_{1:026x}",
+        f"/api/v1/runs/run_{1:026x}/iterations",
         f"/api/v1/runs/{filled.run_id}/lineage",
         "/api/v1/generations",
+        "/api/v1/generations?role=imported",
         f"/api/v1/generations/{filled.generation_id}",
         f"/api/v1/pseudo-label-sets/{filled.set_id}",
         "/api/v1/pseudo-label-sets",

@@ -195,7 +195,7 @@ def explain_claim(database: Database, capabilities: list[str]) -> list[str]:
     asked: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if "outer join runs" in statement.lower():
+        if "priority DESC" in statement:
             asked.append((statement, parameters))
 
     engine = database.engine()
