@@ -171,11 +171,11 @@ def _version(session: Session, kind: str) -> Any:
     return version
 
 
-def _copy(session: Session, table: type[Job | Run | Iteration | Generation], template: str, number: int, **columns: str) -> None:
-    """`number` copies of a row, numbered g from 1, with some columns by an expression of g."""
+def _copy(session: Session, table: type[Job | Run | Iteration | Generation], template: str, copies: int, **columns: str) -> None:
+    """`copies` of a row, numbered g from 1, with some columns by an expression of g."""
     names = [column.name for column in table.__table__.columns]
     values = ", ".join(columns.get(name, f"t.{name}") for name in names)
-    name, source = table.__tablename__, f"{table.__tablename__} t, generate_series(1, {number}) g"
+    name, source = table.__tablename__, f"{table.__tablename__} t, generate_series(1, {copies}) g"
     # Rows are copied before the runs that they name.
     session.execute(sa.text("SET session_replication_role = replica"))
     insert = f"INSERT INTO {name} ({', '.join(names)}) SELECT {values} FROM {source} WHERE t.id = :template"
