@@ -65,11 +65,12 @@ GOALS: tuple[Goal, ...] = (
     _most("streams-doubles", "streams", "500 event streams on one API: events that came twice", 0, ""),
     _most("streams-memory", "streams", "500 event streams, events written for a minute: growth of the API's memory", 100, "MB"),
     _most("streams-read-beside", "streams", "/readyz and a read beside 500 streams while events are written, 99th percentile", 250, "ms"),
+    _ratio("slots-busy", "slots", "a labeling job on three one-slot workers: slots busy ÷ slots × span", 0.9),
     _most("ingestion-memory", "ingestion", "peak memory of ingesting 10 M images", 1000, "MB"),
     _most("manifest-paging", "ingestion", "page of a manifest of 10 M images: last ÷ first, median", 1.5, ""),
 )
 
-BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "ingestion")
+BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "slots", "ingestion")
 """Measurements that take minutes by design: they run when they are named."""
 MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS if goal.measurement not in BY_HAND))
 """Every other measurement, in the order in which they run."""
