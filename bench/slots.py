@@ -64,7 +64,7 @@ def _label(service: Service, roots: Path) -> str:
         "generation": service.ask("GET", "/api/v1/generations")["items"][0]["id"],
         "unlabeled": "pool",
         "labeling": {"shard_size": SHARD_SIZE},
-        "runtime": {"device": "cpu", "threads": 1},
+        "runtime": {"device": "cpu", "num_threads": 1},
     }
     made = service.ask("POST", "/api/v1/pseudo-label-sets", body)
     for job_id in made["jobs"]:
