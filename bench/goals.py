@@ -59,9 +59,23 @@ GOALS: tuple[Goal, ...] = (
     _most("overload-failed", "promotions", "five-fold overload: neither answered rightly nor 503", 0, ""),
     _most("overload-late", "promotions", "five-fold overload: accepted images that waited longer than the deadline", 0, ""),
     _most("overload-memory", "promotions", "five-fold overload: growth of a replica's memory", 100, "MB"),
+    _most("scale-reads-p99", "scale", "10⁶ jobs, 10⁵ generations, 30 000 shards: slowest API read, 99th percentile", 50, "ms"),
+    _most("scale-controller-pass", "scale", "10⁶ jobs, 10⁵ generations, 30 000 shards: longest controller pass", 1, "s"),
+    _most("streams-gaps", "streams", "500 event streams on one API: gaps, and streams that did not come to their end", 0, ""),
+    _most("streams-doubles", "streams", "500 event streams on one API: events that came twice", 0, ""),
+    _most("streams-memory", "streams", "500 event streams, events written for a minute: growth of the API's memory", 100, "MB"),
+    _most("streams-read-beside", "streams", "/readyz and a read beside 500 streams while events are written, 99th percentile", 250, "ms"),
+    _ratio("slots-busy", "slots", "a labeling job on three one-slot workers: slots busy ÷ slots × span", 0.9),
+    _most("claims-double-postgresql", "claims", "16 claimers on PostgreSQL, 5 000 jobs: double claims", 0, ""),
+    _most("claims-double-sqlite", "claims", "8 claimers on SQLite, 5 000 jobs: double claims", 0, ""),
+    _most("labeling-shards", "shards", "peak memory of labeling, 32 shards ÷ 4 shards", 1.1, ""),
+    _most("selection-shards", "shards", "peak memory of selecting from 1 M rows, 1 000 shards ÷ 10 shards", 1.25, ""),
+    _most("supervisor-lists", "shards", "peak memory of a supervisor that lists 30 000 shards", 120, "MB"),
+    _most("ingestion-memory", "ingestion", "peak memory of ingesting 10 M images", 1000, "MB"),
+    _most("manifest-paging", "ingestion", "page of a manifest of 10 M images: last ÷ first, median", 1.5, ""),
 )
 
-BY_HAND: tuple[str, ...] = ("promotions",)
+BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "slots", "claims", "shards", "ingestion")
 """Measurements that take minutes by design: they run when they are named."""
 MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS if goal.measurement not in BY_HAND))
 """Every other measurement, in the order in which they run."""

@@ -1,4 +1,7 @@
-"""A service that was used for years: API reads, a controller pass, claims, over 10⁶ jobs, 10⁵ generations and a set of 30 000 shards."""
+"""A service that was used for years: API reads, a controller pass, claims, over 10⁶ jobs, 10⁵ generations and a set of 30 000 shards.
+
+By hand: `python -m bench scale`, some ten minutes, most of which it takes to fill the database.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from core.db import jobs
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.generations import register_generation
 from core.db.pseudo_labels import create_set
-from core.db.runs import create_run
+from core.db.runs import create_run, last_iteration
 from core.db.session import Database, now
-from core.db.tables import Event, Generation, Job, Run
+from core.db.tables import Event, Generation, Iteration, Job, Run
 from core.queue import PollingOnly
 from core.settings import Settings
 from core.storage import LocalStorage
@@ -36,23 +39,27 @@ from tests.builders_services import create_database, running_postgresql
 from workers.controller import advance_set
 from workers.housekeeping import Housekeeping
 
-JOBS, GENERATIONS, RUNS, SHARDS = 1_000_000, 100_000, 1_000, 30_000
+JOBS, GENERATIONS, RUNS, ITERATIONS, SHARDS = 1_000_000, 100_000, 1_000, 10, 30_000
 SHARD_SIZE = 10_000
 REPEATS = 200
 PASSES = 30
+FILL_SECONDS = 1800.0
 
 
 def measure() -> Measurement:
     found = Measurement(name="scale", details={"jobs": JOBS, "generations": GENERATIONS, "shards": SHARDS, "images": SHARDS * SHARD_SIZE})
     directory = Path(tempfile.mkdtemp(prefix="bench-scale-"))
     try:
-        with running_postgresql() as postgresql:
+        with running_postgresql(shared_buffers="128MB") as postgresql:
             url = create_database(postgresql, "scale")
             service = Service(directory, port := free_port(), _environment(directory, url, port))
             migrate(service)
             settings = Settings(database_url=url, data_directory=directory / "data")
+            # One statement copies a million rows: neither PostgreSQL nor this end of the connection may give up on it after a minute.
+            filler = Database(settings.resolved_database_url, silence_seconds=FILL_SECONDS)
+            filled = Filled.fill(filler)
+            filler.close()
             database = Database(settings.resolved_database_url)
-            filled = Filled.fill(database)
             found.details["seconds to create the set of 30 000 shards"] = filled.seconds_of_set
             _measure_inside(found, settings, database, filled)
             service.start("api", sys.executable, "-m", "server")
@@ -113,10 +120,18 @@ class Filled:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
             copies = "'job_' || lpad(to_hex(g), 26, '0')"
             status = "CASE WHEN g % 100 = 0 THEN 'failed' ELSE t.status END"
-            _copy(session, Job, job.id, JOBS, id=copies, status=status, run_id=_one_of_runs("g"), iteration="g", generation_id="NULL")
+            places = {"run_id": _one_of_runs("g"), "iteration": _one_of_iterations("g"), "part": f"g / {RUNS * ITERATIONS}"}
+            _copy(session, Job, job.id, JOBS, id=copies, status=status, generation_id="NULL", **places)
             _copy(session, Run, run.id, RUNS, id=_one_of_runs("g"))
+            first = last_iteration(session, run.id).id
+            own = {"id": "'itr_' || lpad(to_hex(g), 26, '0')", "run_id": _one_of_runs("g"), "number": _one_of_iterations("g")}
+            _copy(session, Iteration, first, RUNS * ITERATIONS, **own)
             _copy(session, Generation, generation.id, GENERATIONS, id="'gen_' || lpad(to_hex(g), 26, '0')", job_id=copies)
             _copy_events(session, job.id)
+        with database.engine().execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            # What autovacuum does within minutes.
+            connection.execute(sa.text("SET statement_timeout = 0"))
+            connection.execute(sa.text("VACUUM ANALYZE"))
         started = time.monotonic()
         with database.transaction() as session:
             row, shards = create_set(
@@ -135,13 +150,17 @@ class Filled:
         with database.transaction() as session:
             half = [shard.id for shard in shards[: SHARDS // 2]]
             session.execute(sa.update(Job).where(Job.id.in_(half)).values(status="succeeded", finished_at=now(session)))
-        with database.engine().connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM ANALYZE"))
+            # Statistics only: rows are as they lie in a service that works.
+            session.execute(sa.text("ANALYZE"))
         return cls(run.id, job.id, generation.id, row.id, seconds)
 
 
 def _one_of_runs(number: str) -> str:
     return f"'run_' || lpad(to_hex(1 + {number} % {RUNS}), 26, '0')"
+
+
+def _one_of_iterations(number: str) -> str:
+    return f"1 + {number} / {RUNS} % {ITERATIONS}"
 
 
 def _version(session: Session, kind: str) -> Any:
@@ -152,11 +171,11 @@ def _version(session: Session, kind: str) -> Any:
     return version
 
 
-def _copy(session: Session, table: type[Job | Run | Generation], template: str, number: int, **columns: str) -> None:
-    """`number` copies of a row, numbered g from 1, with some columns by an expression of g."""
+def _copy(session: Session, table: type[Job | Run | Iteration | Generation], template: str, copies: int, **columns: str) -> None:
+    """`copies` of a row, numbered g from 1, with some columns by an expression of g."""
     names = [column.name for column in table.__table__.columns]
     values = ", ".join(columns.get(name, f"t.{name}") for name in names)
-    name, source = table.__tablename__, f"{table.__tablename__} t, generate_series(1, {number}) g"
+    name, source = table.__tablename__, f"{table.__tablename__} t, generate_series(1, {copies}) g"
     # Rows are copied before the runs that they name.
     session.execute(sa.text("SET session_replication_role = replica"))
     insert = f"INSERT INTO {name} ({', '.join(names)}) SELECT {values} FROM {source} WHERE t.id = :template"
@@ -176,9 +195,9 @@ def _measure_inside(found: Measurement, settings: Settings, database: Database, 
     """What workers and housekeeping ask of the database while the set is being labeled."""
     keeper = Housekeeping(settings, database, LocalStorage(settings.objects_directory), PollingOnly(), holder="bench")
 
-    def claim() -> None:
+    def claim(*capabilities: str) -> None:
         with database.transaction() as session:
-            job = jobs.claim(session, holder="bench", capabilities=["cpu"], lease_seconds=600)
+            job = jobs.claim(session, holder="bench", capabilities=capabilities, lease_seconds=600)
             assert job is not None
 
     def claim_shard() -> None:
@@ -191,7 +210,8 @@ def _measure_inside(found: Measurement, settings: Settings, database: Database, 
     turns: dict[str, Callable[[], object]] = {
         "controller pass (all of housekeeping's turn)": keeper.keep_house,
         "what follows a shard's end": lambda: advance_set(database, filled.set_id),
-        "claim of any job": claim,
+        "claim of any job": lambda: claim("cpu"),
+        "claim of any job, cuda or cpu": lambda: claim("cuda", "cpu"),
         "claim of the set's next shard": claim_shard,
     }
     rows = []
@@ -209,14 +229,18 @@ def _measure_reads(found: Measurement, service: Service, filled: Filled) -> None
         "/api/v1/jobs?status=queued",
         "/api/v1/jobs?status=failed",
         "/api/v1/jobs?kind=train",
+        "/api/v1/jobs?kind=train&status=failed",
         f"/api/v1/jobs?run_id={filled.run_id}",
         f"/api/v1/jobs/{filled.job_id}",
         f"/api/v1/jobs/{filled.job_id}/events?after=0",
         "/api/v1/runs",
         "/api/v1/runs?status=active",
         f"/api/v1/runs/{filled.run_id}",
+        f"/api/v1/runs/run_{1:026x}",
+        f"/api/v1/runs/run_{1:026x}/iterations",
         f"/api/v1/runs/{filled.run_id}/lineage",
         "/api/v1/generations",
+        "/api/v1/generations?role=imported",
         f"/api/v1/generations/{filled.generation_id}",
         f"/api/v1/pseudo-label-sets/{filled.set_id}",
         "/api/v1/pseudo-label-sets",

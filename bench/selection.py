@@ -64,8 +64,8 @@ def measure() -> Measurement:
     rows = []
     for num_rows in (SMALLER, ROWS):
         with tempfile.TemporaryDirectory(prefix="bench-selection-") as directory:
-            task = _make_pool(Path(directory), num_rows)
-            result = _select(Path(directory), task)
+            task = make_pool(Path(directory), num_rows)
+            result = run(Path(directory), task)
         assert result["removed"] == LEAKED, result
         rows.append(
             {
@@ -81,7 +81,8 @@ def measure() -> Measurement:
     return found
 
 
-def _select(directory: Path, task: dict[str, object]) -> dict[str, float]:
+def run(directory: Path, task: dict[str, object]) -> dict[str, float]:
+    """Select in a process of its own: peak_mb, seconds, num_unique, removed."""
     words = directory / "task.json"
     words.write_text(json.dumps(task), encoding="utf-8")
     ended = subprocess.run([sys.executable, "-c", _CHILD, str(words)], check=True, capture_output=True, text=True)
@@ -89,19 +90,19 @@ def _select(directory: Path, task: dict[str, object]) -> dict[str, float]:
     return result
 
 
-def _make_pool(directory: Path, num_rows: int) -> dict[str, object]:
+def make_pool(directory: Path, num_rows: int, *, shard: int = SHARD) -> dict[str, object]:
     """Write shards and manifests; the selection task as JSON."""
     generator = np.random.default_rng(SEED)
     shards: list[str] = []
     evaluation: list[_Part] = []
     pool = directory / "pool.parquet"
     with pq.ParquetWriter(pool, schema().with_metadata(metadata_of(directory, "unlabeled", ())), compression="zstd") as writer:
-        for part in _parts(generator, num_rows):
+        for part in _parts(generator, num_rows, shard):
             writer.write_table(_manifest_table(part, class_name=None))
             shards.append(_write_shard(directory, part, generator, len(shards)))
             if not evaluation:
                 evaluation.append(_Part(part.keys[:LEAKED], part.digests[:LEAKED], part.hashes[:LEAKED]))
-    evaluation.append(next(_parts(generator, EVALUATION - LEAKED)))
+    evaluation.append(next(_parts(generator, EVALUATION - LEAKED, SHARD)))
     test = directory / "test.parquet"
     with pq.ParquetWriter(test, schema().with_metadata(metadata_of(directory, "evaluation", CLASSES)), compression="zstd") as writer:
         for number, part in enumerate(evaluation):
@@ -122,9 +123,9 @@ def _make_pool(directory: Path, num_rows: int) -> dict[str, object]:
     return task
 
 
-def _parts(generator: np.random.Generator, num_rows: int) -> Iterator[_Part]:
-    for start in range(0, num_rows, SHARD):
-        count = min(SHARD, num_rows - start)
+def _parts(generator: np.random.Generator, num_rows: int, shard: int) -> Iterator[_Part]:
+    for start in range(0, num_rows, shard):
+        count = min(shard, num_rows - start)
         keys = [f"{number // 1000:05d}/{number:08d}.jpg" for number in range(start, start + count)]
         offsets = np.arange(count + 1, dtype=np.int32) * 64
         text = generator.bytes(32 * count).hex().encode()

@@ -126,17 +126,18 @@ def embedded(directory: Path, *, roots: Path, **environment: str) -> Iterator[Se
 
 
 @contextlib.contextmanager
-def with_broker(directory: Path, *, roots: Path, redis_url: str, database_url: str | None) -> Iterator[Service]:
-    """An API and one Celery worker over Redis; rows in PostgreSQL, or in SQLite when there is none."""
+def with_broker(directory: Path, *, roots: Path, redis_url: str, database_url: str | None, num_workers: int = 1) -> Iterator[Service]:
+    """An API and Celery workers over Redis; rows in PostgreSQL, or in SQLite when there is none."""
     environment = {"NOISY_STUDENT_REDIS_URL": redis_url} | ({"NOISY_STUDENT_DATABASE_URL": database_url} if database_url else {})
     service = _service(directory, roots, environment)
     migrate(service)
     service.start("api", sys.executable, "-m", "server")
-    command = (str(BIN / "celery"), "-A", "workers.app", "worker", "-Q", "cpu", "-n", "bench@%h", "--loglevel", "INFO")
-    service.start("worker", *command)
+    for number in range(num_workers):
+        command = (str(BIN / "celery"), "-A", "workers.app", "worker", "-Q", "cpu", "-n", f"bench-{number}@%h", "--loglevel", "INFO")
+        service.start(f"worker-{number}", *command)
     try:
         service.wait_ready()
-        _wait_for_worker(service)
+        _wait_for_workers(service, num_workers)
         yield service
     finally:
         service.stop()
@@ -159,11 +160,11 @@ def migrate(service: Service) -> None:
     service.key = (service.directory / "data" / "admin.key").read_text(encoding="utf-8").strip()
 
 
-def _wait_for_worker(service: Service) -> None:
+def _wait_for_workers(service: Service, number: int) -> None:
     end = time.monotonic() + START_SECONDS
-    while not service.ask("GET", "/api/v1/workers")["items"]:
+    while (there := len(service.ask("GET", "/api/v1/workers")["items"])) < number:
         if time.monotonic() > end:
-            raise TimeoutError(f"no worker came up within {START_SECONDS} s\n{service.logs()}")
+            raise TimeoutError(f"{there} of {number} workers came up within {START_SECONDS} s\n{service.logs()}")
         time.sleep(0.1)
 
 
@@ -172,6 +173,15 @@ def resident_bytes(pid: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found.group(1)) * 1024
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The most resident memory that a process ever had; 0 when it is gone."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
 
 
 def command_line(pid: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ml.errors import BadImage, DataError, Interrupted, NoImages, TooFewLabels
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
-from ml.locations import STORED, read_bytes
+from ml.locations import STORED, forget_all, read_bytes
 from ml.manifest import COLUMNS, Kind, Manifest, Share, split
 from ml.manifest_files import Row, RowFile, write_manifest
 from ml.packing import Packer
@@ -92,6 +92,8 @@ def ingest(
             for row in _inspect_all(source, kind, packer, total=total, on_event=on_event, should_stop=should_stop):
                 rows.add(row)
                 counts.add(row[_KEY], row[_CLASS], row[_STATUS])
+        # Sorting and counting need the room.
+        forget_all()
         _refuse_unusable(source, path, kind, counts, notes)
         class_names = tuple(sorted(counts.classes))
         write_manifest(rows, manifest, root=str(source.root) if packer is None else STORED, kind=kind, class_names=class_names)

@@ -182,6 +182,10 @@ class _Kept(Generic[_Opened]):
         with self._lock:
             self._opened.pop(path, None)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._opened.clear()
+
 
 class _Stretches:
     """An open file of which stretches are read; closed when nobody holds it any more."""
@@ -256,6 +260,12 @@ class _RowGroups:
                 self._files.forget(path)
         return is_replaced
 
+    def clear(self) -> None:
+        with self._lock:
+            self._files.clear()
+            self._groups.clear()
+            self._num_bytes = 0
+
     def _group(self, rows: _Rows, group: int) -> Any:
         place = (id(rows), group)
         if place not in self._groups:
@@ -276,6 +286,12 @@ _row_groups = _RowGroups()
 def forget(path: str) -> None:
     """Open this Parquet file anew when it is read next; one in S3 may have been replaced, which is not asked for every image."""
     _row_groups.forget(path)
+
+
+def forget_all() -> None:
+    """Let go of open containers and of what was decoded of them: whoever has read all of a source needs none of it again."""
+    _stretches.clear()
+    _row_groups.clear()
 
 
 def _read_row(location: Location, row: int) -> bytes:

@@ -6,7 +6,9 @@ What is held meanwhile is a batch of rows, and where keys do not come in order, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +29,10 @@ Row = tuple[Any, ...]
 _NAMES = (*COLUMNS, *LOCATION_COLUMNS)
 _KEY = COLUMNS.index("key")
 _SLAB = 4
-"""Row groups that are put in order at a time."""
+"""Row groups that are put in order at a time, or more where that would make more parts than:"""
+_MOST_PARTS = 200
+_RANK = "rank"
+"""Of a row when all are sorted by key; a column of the parts only."""
 
 
 class RowFile:
@@ -83,27 +88,50 @@ def _as_they_lie(path: Path) -> Iterator[pa.Table]:
 
 
 def _by_key(path: Path) -> Iterator[pa.Table]:
-    """Some row groups of the result at a time, gathered from those of the file that hold some of their rows."""
+    """Some row groups of the result at a time. Each row is read twice and written once in between, however many there are."""
     ranks_N = _ranks(path)
-    slab = _SLAB * manifests.BATCH_ROWS
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        parts = np.split(ranks_N, np.cumsum(sizes)[:-1])
-        for start in range(0, len(ranks_N), slab):
-            found, places = [], []
-            for group, ranks in enumerate(parts):
-                inside = (ranks >= start) & (ranks < start + slab)
-                if inside.any():
-                    found.append(file.read_row_group(group).filter(pa.array(inside)))
-                    places.append(ranks[inside])
-            yield pa.concat_tables(found).take(pa.array(np.argsort(np.concatenate(places)))).combine_chunks()
+    slab = max(_SLAB * manifests.BATCH_ROWS, -(-len(ranks_N) // _MOST_PARTS))
+    with TemporaryDirectory(dir=path.parent, prefix=".parts-") as folder:
+        parts = [Path(folder) / f"{number}.arrow" for number in range(-(-len(ranks_N) // slab))]
+        _share_out(path, ranks_N, slab, parts)
+        del ranks_N
+        for part in parts:
+            with pa.OSFile(str(part)) as file:
+                table = pa.ipc.open_stream(file).read_all()
+            part.unlink()
+            order = np.argsort(table.column(_RANK).to_numpy())
+            yield table.drop_columns(_RANK).take(pa.array(order)).combine_chunks()
 
 
-def _ranks(path: Path) -> npt.NDArray[np.int64]:
+def _share_out(path: Path, ranks_N: npt.NDArray[np.uint32], slab: int, parts: Sequence[Path]) -> None:
+    """Write each row of the file at `path`, with its rank, into the part that its rank lies in."""
+    schema = manifests.schema().append(pa.field(_RANK, pa.uint32()))
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(str(part), schema, options=options)) for part in parts]
+        file = stack.enter_context(pq.ParquetFile(path, pre_buffer=False))
+        first = 0
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group).replace_schema_metadata(None)
+            ranks = ranks_N[first : first + len(table)]
+            first += len(table)
+            order = np.argsort(ranks)
+            table = table.append_column(schema.field(_RANK), pa.array(ranks)).take(pa.array(order))
+            bounds = np.searchsorted(ranks[order] // slab, np.arange(len(parts) + 1))
+            for number, writer in enumerate(writers):
+                start, stop = int(bounds[number]), int(bounds[number + 1])
+                if start < stop:
+                    writer.write_table(table.slice(start, stop - start).combine_chunks())
+
+
+def _ranks(path: Path) -> npt.NDArray[np.uint32]:
     """The place of each row when they are sorted by key."""
     # Texts with 64-bit places: together the keys may have more than 2 GiB.
     keys = pq.read_table(path, columns=["key"], partitioning=None, pre_buffer=False).column("key").cast(pa.large_string())
-    order = pc.sort_indices(keys).to_numpy()
-    ranks_N = np.empty(len(order), dtype=np.int64)
-    ranks_N[order] = np.arange(len(order))
+    # Of ten million rows each array of eight bytes a row would be 80 MB.
+    order = pc.sort_indices(keys).to_numpy().astype(np.uint32)
+    del keys
+    pa.default_memory_pool().release_unused()
+    ranks_N = np.empty(len(order), dtype=np.uint32)
+    ranks_N[order] = np.arange(len(order), dtype=np.uint32)
     return ranks_N

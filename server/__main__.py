@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -98,6 +99,9 @@ def main() -> int:
         return 2
     # A thread in a stuck native call cannot be stopped: only a new process helps, and whoever supervises this one starts it.
     app.state.services.serving.watchdog.on_hung = lambda: os._exit(HUNG)
+    # What was imported stays: a collection that looks through all of it would now and then hold an answer back for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     get_log().info("server.started", host=settings.host, port=settings.port, predictor=options.predictor)
     make_server(app).run(sockets=[listener])
     get_log().info("server.stopped")

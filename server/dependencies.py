@@ -15,11 +15,13 @@ from core.storage import Storage, make_storage
 from ml import objects
 from ml.locations import find_stored_at
 from server.auth import KeyRing, Principal
+from server.counted import Counted
 from server.metrics import Metrics
 from server.pages import Cursors
 from server.progress import ProgressHub
 from server.serving import Serving
 from server.strict_json import StrictRoute
+from server.waiting import QueueCounts
 
 API = "/api/v1"
 
@@ -49,6 +51,7 @@ class Services:
         self.keys = KeyRing(self.database)
         self.metrics = Metrics(of_rows=not predictor_only)
         self.progress = ProgressHub(self.database)
+        self.queued: Counted[QueueCounts] = Counted()
         answers = settings.predict or predictor_only
         self.serving = Serving(settings, self.database, self.storage, self.metrics, answers=answers)
         self._cursors: Cursors | None = None

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.db.datasets import check_folder
-from core.db.files import list_files
+from core.db.files import list_files, list_files_of
 from core.db.generations import delete_generation, get_generation
 from core.db.jobs import NewJob, enqueue
 from core.db.tables import Generation, StoredFile
@@ -119,13 +119,16 @@ def list_generations(
 ) -> Page[GenerationView]:
     """Newest first."""
     cursors = services.cursors
-    query = sa.select(Generation)
-    for column, value in ((Generation.run_id, run_id), (Generation.role, role)):
-        if value is not None:
-            query = query.where(column == value)
+    query, listing = sa.select(Generation), f"generations?{run_id}&{role}"
+    if run_id is not None:
+        query = query.where(Generation.run_id == run_id)
+    among = None if role is None or run_id is not None else (Generation.role, role)
+    if role is not None and among is None:
+        query = query.where(Generation.role == role)
     with services.database.reading() as session:
-        rows, cursor = read_page(session, query, Generation.id, page, cursors=cursors, listing=f"generations?{run_id}&{role}")
-        return Page(items=[show_generation(row, list_files(session, row.id), brief=True) for row in rows], next_cursor=cursor)
+        rows, cursor = read_page(session, query, Generation.id, page, cursors=cursors, listing=listing, among=among)
+        files = list_files_of(session, [row.id for row in rows])
+        return Page(items=[show_generation(row, files[row.id], brief=True) for row in rows], next_cursor=cursor)
 
 
 @router.get("/generations/{generation_id}", summary="Read a generation", responses=problems(404, 409))

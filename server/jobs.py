@@ -59,12 +59,11 @@ def list_jobs(
 ) -> Page[JobView]:
     """Newest first."""
     cursors = services.cursors
-    query = sa.select(Job)
-    for column, value in ((Job.status, status), (Job.kind, kind), (Job.run_id, run_id)):
-        if value is not None:
-            query = query.where(column == value)
+    given = [(column, value) for column, value in ((Job.run_id, run_id), (Job.status, status), (Job.kind, kind)) if value is not None]
+    query = sa.select(Job).where(*(column == value for column, value in given[1:]))
+    listing = f"jobs?{status}&{kind}&{run_id}"
     with services.database.reading() as session:
-        found, cursor = read_page(session, query, Job.id, page, cursors=cursors, listing=f"jobs?{status}&{kind}&{run_id}")
+        found, cursor = read_page(session, query, Job.id, page, cursors=cursors, listing=listing, among=given[0] if given else None)
         return Page(items=show_jobs(session, found, services.settings), next_cursor=cursor)
 
 

@@ -84,12 +84,22 @@ def read_page(
     *,
     cursors: Cursors,
     listing: str,
+    among: tuple[InstrumentedAttribute[Any], Any] | None = None,
 ) -> tuple[list[Row], str | None]:
-    """Rows of one page by descending `by` (an id, so newest first), and the cursor of the next one."""
+    """Rows of one page by descending `by` (an id, so newest first), and the cursor of the next one.
+
+    `among` (column, value) keeps those whose column has the value, and reads them from the index over both columns.
+    """
+    order: tuple[InstrumentedAttribute[Any], ...] = (by,)
+    if among is not None:
+        # As an equality, PostgreSQL would sooner read all rows from the newest one on and drop the others, as if those that
+        # are looked for lay everywhere among them; when they are all old, it reads a million.
+        column, value = among
+        query, order = query.where(column >= value, column <= value), (column, by)
     if page.cursor is not None:
         [position] = cursors.decode(listing, page.cursor)
-        query = query.where(by < position)
-    rows = list(session.scalars(query.order_by(by.desc()).limit(page.limit + 1)))
+        query = query.where(by < position if among is None else sa.tuple_(*order) < sa.tuple_(among[1], position))
+    rows = list(session.scalars(query.order_by(*(column.desc() for column in order)).limit(page.limit + 1)))
     if len(rows) <= page.limit:
         return rows, None
     rows = rows[: page.limit]

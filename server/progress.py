@@ -1,14 +1,15 @@
 """Live progress as server-sent events, read from the event rows: any replica can go on where another stopped.
 
-One poller a process asks the database for the counters of everything that is watched, in one query; a stream reads rows only when
-its counter moved. Numbers are given out under a row lock, so `number > the last one sent` leaves no gap and repeats nothing.
+One poller a process asks the database for the counters of everything that is watched, in one query, and for what is new, in another;
+all streams are served from that. A stream reads rows by itself only where it begins, or when it fell behind. Numbers are given out under
+a row lock, so `number > the last one sent` leaves no gap and repeats nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +35,11 @@ KEEP_ALIVE_SECONDS = 15.0
 BATCH = 200
 """Events that a stream holds at most: what a slow reader costs."""
 MAX_WATCHES = 1000
+TAIL = 50
+"""Latest events of each watched row that are kept for all its streams; who is further behind reads rows."""
+READERS = 4
+"""Streams that read rows at one moment: when hundreds come at once, other requests still find a thread."""
+_ROWS_A_QUERY = 100
 
 
 class EventView(BaseModel):
@@ -73,6 +79,12 @@ JOB_EVENTS = Source("job", Job, list_job_events, lambda event: event.number, JOB
 RUN_EVENTS = Source("run", Run, list_run_events, lambda event: event.run_number, ("completed", "failed", "canceled"))
 
 
+Key = tuple[str, str]
+"""Noun and id of a row."""
+Line = tuple[int, str]
+"""An event's number and how a stream sends it."""
+
+
 @dataclass(eq=False, slots=True)
 class Watch:
     """Somebody who waits for one job or run to change."""
@@ -81,6 +93,10 @@ class Watch:
     row_id: str
     status: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def key(self) -> Key:
+        return self.source.noun, self.row_id
 
     async def wait(self, seconds: float) -> bool:
         """True when something changed; False when `seconds` passed first."""
@@ -93,13 +109,15 @@ class Watch:
 
 
 class ProgressHub:
-    """Wakes everybody who watches, by one polling query for all of them."""
+    """Wakes everybody who watches, and tells what is new, by two polling queries for all of them."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
         self.stopping = False
         self._watches: set[Watch] = set()
-        self._marks: dict[tuple[str, str], tuple[int, str]] = {}
+        self._marks: dict[Key, tuple[int, str]] = {}
+        self._tails: dict[Key, list[Line]] = {}
+        self._readers = asyncio.Semaphore(READERS)
         self._poller: asyncio.Task[None] | None = None
 
     @property
@@ -129,35 +147,63 @@ class ProgressHub:
     def _ensure_poller(self) -> None:
         loop = asyncio.get_running_loop()
         if self._poller is None or self._poller.done() or self._poller.get_loop() is not loop:
+            self._readers = asyncio.Semaphore(READERS)
             self._poller = loop.create_task(self._poll())
 
     async def _poll(self) -> None:
-        self._marks = {}
+        self._marks, self._tails = {}, {}
         while self._watches and not self.stopping:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                marks = await run_in_threadpool(self._read_marks)
+                marks, news = await run_in_threadpool(self._look)
             except sqlalchemy.exc.SQLAlchemyError:
                 # The database is away; the streams' own reads say so to their readers.
                 continue
+            before, self._marks = self._marks, marks
+            self._tails = {key: _lengthen(self._tails.get(key, []), news.get(key, [])) for key in marks}
             for watch in tuple(self._watches):
-                key = (watch.source.noun, watch.row_id)
-                mark = marks.get(key)
-                if mark is not None and (self._marks.get(key) != mark or watch.status is None):
+                mark = marks.get(watch.key)
+                if mark is not None and (before.get(watch.key) != mark or watch.status is None):
                     watch.status = mark[1]
                     watch.changed.set()
-            self._marks = marks
 
-    def _read_marks(self) -> dict[tuple[str, str], tuple[int, str]]:
-        marks: dict[tuple[str, str], tuple[int, str]] = {}
+    def _look(self) -> tuple[dict[Key, tuple[int, str]], dict[Key, list[Line]]]:
+        """The counters of all that is watched, and the events that raised them since the last look."""
+        marks: dict[Key, tuple[int, str]] = {}
+        news: dict[Key, list[Line]] = {}
         with self.database.reading() as session:
             for source in (JOB_EVENTS, RUN_EVENTS):
                 table = source.table
                 ids = sorted({watch.row_id for watch in tuple(self._watches) if watch.source is source})
+                moved: dict[str, int] = {}
                 for start in range(0, len(ids), 500):
                     query = sa.select(table.id, table.num_events, table.status).where(table.id.in_(ids[start : start + 500]))
-                    marks |= {(source.noun, row_id): (number, status) for row_id, number, status in session.execute(query)}
-        return marks
+                    for row_id, number, status in session.execute(query):
+                        marks[source.noun, row_id] = number, status
+                        before, _ = self._marks.get((source.noun, row_id), (number, ""))
+                        if 0 < number - before <= TAIL:
+                            moved[row_id] = before
+                for event in _list_news(session, source, moved):
+                    row_id = event.job_id if source is JOB_EVENTS else str(event.run_id)
+                    item = _show(event, source)
+                    news.setdefault((source.noun, row_id), []).append((item.number, _format(item)))
+        return marks, news
+
+    def tell(self, watch: Watch, after: int) -> list[Line] | None:
+        """What the row has above `after` as far as the poller has seen; None when only rows can tell."""
+        number, _ = self._marks.get(watch.key, (None, ""))
+        if number is None:
+            return None
+        if number <= after:
+            return []
+        lines = [line for line in self._tails.get(watch.key, []) if line[0] > after]
+        is_whole = bool(lines) and lines[0][0] == after + 1 and lines[-1][0] >= number
+        return lines if is_whole else None
+
+    async def read(self, source: Source, row_id: str, after: int, *, limit: int = BATCH) -> EventPage:
+        """From the rows."""
+        async with self._readers:
+            return await run_in_threadpool(_read, self.database, source, row_id, after, limit)
 
     async def wait_for_end(self, source: Source, row_id: str, seconds: float) -> None:
         """Return when the row reached a final status, when `seconds` passed, or when the process ends."""
@@ -192,7 +238,7 @@ async def answer_events(
     """A stream when the client accepts text/event-stream, else one page. `after` wins over the Last-Event-ID header."""
     start = after if after is not None else _last_event_id(request)
     wants_stream = "text/event-stream" in request.headers.get("accept", "")
-    page = await run_in_threadpool(_read, hub, source, row_id, start, limit=1 if wants_stream else limit)
+    page = await hub.read(source, row_id, start, limit=1 if wants_stream else limit)
     if not wants_stream:
         return page
     if hub.num_watches >= MAX_WATCHES:
@@ -208,24 +254,31 @@ def _last_event_id(request: Request) -> int:
     return int(text)
 
 
-def _read(hub: ProgressHub, source: Source, row_id: str, after: int, limit: int = BATCH) -> EventPage:
-    with hub.database.reading() as session:
+def _read(database: Database, source: Source, row_id: str, after: int, limit: int) -> EventPage:
+    with database.reading() as session:
         return read_events(session, source, row_id, after=after, limit=limit)
 
 
 async def _stream(hub: ProgressHub, source: Source, row_id: str, after: int) -> AsyncIterator[str]:
     yield "retry: 1000\n\n"
     async with hub.watch(source, row_id) as watch:
+        is_new = True
         while True:
             watch.changed.clear()
-            page = await run_in_threadpool(_read, hub, source, row_id, after)
-            if page.items:
-                yield "".join(_format(page.items))
-                after = page.next_after
-            if len(page.items) == BATCH:
+            # The status first: whoever sees a final one has every event before it in what is told or read next.
+            status = watch.status
+            lines = None if is_new else hub.tell(watch, after)
+            if lines is None:
+                page = await hub.read(source, row_id, after)
+                lines, status, is_new = [(item.number, _format(item)) for item in page.items], page.status, False
+            if lines:
+                yield "".join(text for _, text in lines)
+                after = lines[-1][0]
+            if len(lines) == BATCH:
+                is_new = True
                 continue
-            if page.status in source.ended:
-                yield f"event: end\ndata: {json.dumps({'status': page.status})}\n\n"
+            if status in source.ended:
+                yield f"event: end\ndata: {json.dumps({'status': status})}\n\n"
                 return
             if hub.stopping:
                 return
@@ -233,5 +286,20 @@ async def _stream(hub: ProgressHub, source: Source, row_id: str, after: int) -> 
                 yield ": keep-alive\n\n"
 
 
-def _format(items: Sequence[EventView]) -> list[str]:
-    return [f"id: {item.number}\nevent: {item.kind}\ndata: {item.model_dump_json()}\n\n" for item in items]
+def _format(item: EventView) -> str:
+    return f"id: {item.number}\nevent: {item.kind}\ndata: {item.model_dump_json()}\n\n"
+
+
+def _list_news(session: Session, source: Source, after: Mapping[str, int]) -> Iterator[Event]:
+    """Events of several rows above a number each, in order."""
+    row_id, number = (Event.job_id, Event.number) if source is JOB_EVENTS else (Event.run_id, Event.run_number)
+    rows = list(after.items())
+    for start in range(0, len(rows), _ROWS_A_QUERY):
+        newer = sa.or_(*(sa.and_(row_id == one, number > last) for one, last in rows[start : start + _ROWS_A_QUERY]))
+        yield from session.scalars(sa.select(Event).where(newer).order_by(number))
+
+
+def _lengthen(tail: list[Line], lines: list[Line]) -> list[Line]:
+    """The latest lines, without those that are there already."""
+    last = tail[-1][0] if tail else 0
+    return [*tail, *(line for line in lines if line[0] > last)][-TAIL:] if lines else tail

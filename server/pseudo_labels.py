@@ -15,8 +15,8 @@ from core.db.datasets import get_ready_version, get_version
 from core.db.deletion import delete_set
 from core.db.files import list_files
 from core.db.generations import get_generation
-from core.db.pseudo_labels import cancel_set, count_label_jobs, create_set, get_set
-from core.db.tables import Generation, Job, PseudoLabelSet
+from core.db.pseudo_labels import cancel_set, count_shards_done, create_set, get_set, list_first_jobs
+from core.db.tables import Generation, PseudoLabelSet
 from core.errors import Expired, InvalidRequest, NotFound, NotReady
 from ml.config import LabelingConfig, RuntimeConfig, SelectionConfig
 from ml.validation import to_dict
@@ -221,13 +221,9 @@ def _ready(session: Session, reference: str, *, kind: str, pointer: str) -> Any:
 
 
 def _show(session: Session, row: PseudoLabelSet) -> SetView:
-    counts = count_label_jobs(session, row.id)
-    total = sum(counts.values())
-    jobs = sa.select(Job.id).where(Job.pseudo_label_set_id == row.id).order_by(Job.id).limit(MAX_JOBS_SHOWN)
     values = {name: getattr(row, name) for name in SetView.model_fields if name not in ("jobs", "shards_done")}
-    # With a separate selection model each shard has two jobs.
-    shards_done = row.num_shards * counts.get("succeeded", 0) // total if total else row.num_shards
-    return SetView(**values, shards_done=shards_done, jobs=list(session.scalars(jobs)))
+    jobs = list_first_jobs(session, row.id, limit=MAX_JOBS_SHOWN)
+    return SetView(**values, shards_done=count_shards_done(session, row), jobs=jobs)
 
 
 @router.get("/pseudo-label-sets", summary="List pseudo-label sets")

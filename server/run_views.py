@@ -10,11 +10,13 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from core.db.tables import Iteration, Job, Run
+from core.db.tables import Iteration, Job, Run, is_open
+from core.lifecycle import STEPS
 from ml.config import Recipe
 from server.recipe_bodies import ShownAs
 
 MAX_JOBS_SHOWN = 200
+JOBS_IN_LISTS = 10
 
 
 class RunDatasets(BaseModel):
@@ -42,7 +44,7 @@ class IterationView(BaseModel):
     pseudo_label_set_id: str | None
     unlabeled_version_id: str | None
     jobs: list[str]
-    """Its first 200 jobs; `GET /jobs?run_id=` lists all."""
+    """Its first 200 jobs, in lists of runs 10; `GET /jobs?run_id=` lists all."""
     created_at: datetime
     finished_at: datetime | None
 
@@ -68,14 +70,14 @@ class RunView(BaseModel):
     error: dict[str, Any] | None
     iterations: list[IterationView]
     jobs: Annotated[list[str], Field(max_length=MAX_JOBS_SHOWN)]
-    """Its first 200 jobs that are queued or running."""
+    """Its first 200 jobs that are queued or running, in lists of runs 10."""
     created_at: datetime
     updated_at: datetime
 
 
-def show_iterations(session: Session, run_ids: Sequence[str]) -> dict[str, list[IterationView]]:
+def show_iterations(session: Session, run_ids: Sequence[str], *, most_jobs: int = MAX_JOBS_SHOWN) -> dict[str, list[IterationView]]:
     """Every iteration of these runs, 0 first, in two queries."""
-    jobs = _first_jobs(session, run_ids)
+    jobs = _first_jobs(session, run_ids, most_jobs)
     query = sa.select(Iteration).where(Iteration.run_id.in_(run_ids)).order_by(Iteration.run_id, Iteration.number)
     views: dict[str, list[IterationView]] = {run_id: [] for run_id in run_ids}
     for row in session.scalars(query):
@@ -84,29 +86,43 @@ def show_iterations(session: Session, run_ids: Sequence[str]) -> dict[str, list[
     return views
 
 
-def _first_jobs(session: Session, run_ids: Sequence[str]) -> dict[tuple[str, int], list[str]]:
-    place = sa.func.row_number().over(partition_by=(Job.run_id, Job.iteration), order_by=Job.id).label("place")
-    ranked = sa.select(Job.run_id, Job.iteration, Job.id, place).where(Job.run_id.in_(run_ids)).subquery()
-    query = sa.select(ranked.c.run_id, ranked.c.iteration, ranked.c.id).where(ranked.c.place <= MAX_JOBS_SHOWN).order_by(ranked.c.id)
-    found: dict[tuple[str, int], list[str]] = {}
-    for run_id, iteration, job_id in session.execute(query):
+def _first_jobs(session: Session, run_ids: Sequence[str], most: int) -> dict[tuple[str | None, int | None], list[str]]:
+    """By run and iteration. A step's jobs are numbered, so the first ones are found without reading the rest."""
+    first = (Job.run_id == Iteration.run_id, Job.iteration == Iteration.number, Job.step.in_(STEPS), Job.part < most)
+    query = sa.select(Job.run_id, Job.iteration, Job.id).join(Iteration, sa.and_(*first)).where(Iteration.run_id.in_(run_ids))
+    found: dict[tuple[str | None, int | None], list[str]] = {}
+    for run_id, iteration, job_id in session.execute(query.order_by(Job.id)):
         found.setdefault((run_id, iteration), []).append(job_id)
+    return {place: ids[:most] for place, ids in found.items()}
+
+
+def _open_jobs(session: Session, run_ids: Sequence[str], most: int) -> dict[str | None, list[str]]:
+    """The first ones of each run, in one query that reads no others."""
+    other = sa.orm.aliased(Job)
+    of_run = (other.run_id == Run.id, is_open(other))
+    nth = sa.select(other.id).where(*of_run).order_by(other.id).offset(most - 1).limit(1).correlate(Run)
+    last = sa.select(sa.func.max(other.id)).where(*of_run).correlate(Run)
+    up_to = sa.func.coalesce(nth.scalar_subquery(), last.scalar_subquery())
+    query = sa.select(Job.run_id, Job.id).join(Run, sa.and_(Job.run_id == Run.id, is_open(Job), Job.id <= up_to))
+    found: dict[str | None, list[str]] = {}
+    for run_id, job_id in session.execute(query.where(Run.id.in_(run_ids)).order_by(Job.id)):
+        found.setdefault(run_id, []).append(job_id)
     return found
 
 
-def show_runs(session: Session, runs: Sequence[Run]) -> list[RunView]:
+def show_runs(session: Session, runs: Sequence[Run], *, most_jobs: int = JOBS_IN_LISTS) -> list[RunView]:
     """In the order given."""
-    iterations = show_iterations(session, [run.id for run in runs])
-    return [_show(session, run, iterations[run.id]) for run in runs]
+    ids = [run.id for run in runs]
+    iterations, open_jobs = show_iterations(session, ids, most_jobs=most_jobs), _open_jobs(session, ids, most_jobs)
+    return [_show(run, iterations[run.id], open_jobs.get(run.id, [])) for run in runs]
 
 
 def show_run(session: Session, run: Run) -> RunView:
     """One run."""
-    return show_runs(session, [run])[0]
+    return show_runs(session, [run], most_jobs=MAX_JOBS_SHOWN)[0]
 
 
-def _show(session: Session, run: Run, iterations: list[IterationView]) -> RunView:
-    is_open = sa.select(Job.id).where(Job.run_id == run.id, Job.status.in_(("queued", "running")))
+def _show(run: Run, iterations: list[IterationView], open_jobs: list[str]) -> RunView:
     return RunView(
         id=run.id,
         name=run.name,
@@ -125,7 +141,7 @@ def _show(session: Session, run: Run, iterations: list[IterationView]) -> RunVie
         stop_reason=run.stop_reason,
         error=run.error,
         iterations=iterations,
-        jobs=list(session.scalars(is_open.order_by(Job.id).limit(MAX_JOBS_SHOWN))),
+        jobs=open_jobs,
         created_at=run.created_at,
         updated_at=run.updated_at,
     )

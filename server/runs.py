@@ -183,9 +183,9 @@ def list_runs(
     status: Annotated[Literal["active", "paused", "completed", "failed", "canceled"] | None, Query(description="Only these.")] = None,
 ) -> Page[RunView]:
     """Newest first."""
-    query = sa.select(Run) if status is None else sa.select(Run).where(Run.status == status)
+    among = None if status is None else (Run.status, status)
     with services.database.reading() as session:
-        rows, cursor = read_page(session, query, Run.id, page, cursors=services.cursors, listing=f"runs:{status}")
+        rows, cursor = read_page(session, sa.select(Run), Run.id, page, cursors=services.cursors, listing=f"runs:{status}", among=among)
         return Page(items=show_runs(session, rows), next_cursor=cursor)
 
 

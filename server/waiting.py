@@ -67,7 +67,7 @@ class Fleet:
         reading = [worker for worker in taking if worker.protocol >= wait.protocol]
         if wait.run_status != "active":
             return Reason("run_not_active", f"its run is {wait.run_status}")
-        if wait.pause_until is not None:
+        if wait.pause_until is not None and wait.pause_until > self.moment:
             seconds, until = (wait.pause_until - self.moment).total_seconds(), wait.pause_until.astimezone(UTC)
             message = f"a pause of {seconds:.0f} more seconds after a failed attempt, until {until:%Y-%m-%dT%H:%M:%SZ}"
             return Reason("pause_after_failure", message)
@@ -119,7 +119,7 @@ def explain_jobs(session: Session, queued: Sequence[Job], settings: Settings) ->
 
 def _read_places(session: Session, capability: str, moment: datetime) -> dict[str, int]:
     """How many jobs come before each of the first ones that a worker with this capability would take."""
-    query = sa.select(Job.id).outerjoin(Run, Run.id == Job.run_id).where(*can_start(moment), Job.capability == capability)
+    query = sa.select(Job.id).where(*can_start(moment), Job.capability == capability)
     first = session.scalars(query.order_by(Job.priority.desc(), Job.id).limit(LOOK_AHEAD))
     return {job_id: place for place, job_id in enumerate(first)}
 
@@ -132,19 +132,27 @@ def _tell_place(place: int | None) -> str:
     return ", 1 job comes before it" if place == 1 else f", {place} jobs come before it"
 
 
-def explain_queues(session: Session, fleet: Fleet) -> dict[str, dict[Reason, int]]:
-    """By capability: why its queued jobs wait, and how many for each reason."""
-    pause_until = sa.case((Job.not_before > fleet.moment, Job.not_before), else_=None).label("pause_until")
+QueueCounts = list[tuple[Wait, int]]
+"""Kinds of waiting, and how many jobs wait so."""
+
+
+def count_queued(session: Session) -> QueueCounts:
+    """Every queued job, by all that matters of it; of those that pause, the end of the first pause."""
+    pause_until = sa.case((Job.not_before > now(session), Job.not_before), else_=None).label("pause_until")
     status = sa.func.coalesce(Run.status, "active").label("run_status")
     queued = sa.select(Job.capability, Job.protocol, status, pause_until).outerjoin(Run, Run.id == Job.run_id).where(Job.status == "queued")
     each = queued.subquery()
     kinds = (each.c.capability, each.c.protocol, each.c.run_status, each.c.pause_until.is_not(None))
     first_end = sa.func.min(each.c.pause_until, type_=each.c.pause_until.type)
+    rows = session.execute(sa.select(*kinds, first_end, sa.func.count()).group_by(*kinds))
+    return [(Wait(capability, protocol, run_status, until), number) for capability, protocol, run_status, _, until, number in rows]
+
+
+def explain_queues(fleet: Fleet, counts: QueueCounts) -> dict[str, dict[Reason, int]]:
+    """By capability: why its queued jobs wait, and how many for each reason."""
     found: dict[str, dict[Reason, int]] = {}
-    for capability, protocol, run_status, _, until, number in session.execute(
-        sa.select(*kinds, first_end, sa.func.count()).group_by(*kinds)
-    ):
-        reason = fleet.explain(Wait(capability, protocol, run_status, until))
-        reasons = found.setdefault(capability, {})
+    for wait, number in counts:
+        reason = fleet.explain(wait)
+        reasons = found.setdefault(wait.capability, {})
         reasons[reason] = reasons.get(reason, 0) + number
     return found

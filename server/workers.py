@@ -16,7 +16,7 @@ from core.db.tables import Job, Worker
 from server.dependencies import Services, ServicesDep, make_router
 from server.openapi import problems
 from server.pages import Page, PageDep, read_page
-from server.waiting import Code, Fleet, Reason, explain_queues, live_workers, read_fleet
+from server.waiting import Code, Fleet, Reason, count_queued, explain_queues, live_workers, read_fleet
 
 router = make_router("workers")
 
@@ -157,8 +157,9 @@ def _running_jobs(session: Session, names: list[str]) -> dict[str, list[str]]:
 def list_queues(services: ServicesDep) -> Page[QueueView]:
     """A queue with jobs and no worker that takes them is why nothing happens."""
     with services.database.reading() as session:
+        counts = services.queued.read(lambda: count_queued(session))
         fleet = read_fleet(session, services.settings)
-        reasons = explain_queues(session, fleet)
+        reasons = explain_queues(fleet, counts)
         query = sa.select(Job.capability, sa.func.count()).where(Job.status == "running").group_by(Job.capability)
         running: dict[str, int] = dict(session.execute(query).all())
     names = {*reasons, *running, *(name for worker in fleet.workers for name in worker.capabilities)}

@@ -21,7 +21,7 @@ from core.db.jobs import has_halved
 from core.db.pseudo_labels import get_set, list_shards
 from core.db.runs import get_run
 from core.db.session import Database
-from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run, StoredFile
+from core.db.tables import DatasetVersion, Generation, Iteration, Job, PseudoLabelSet, Run
 from core.errors import NotFound, NotReady
 from core.settings import S3, Settings
 from core.storage import Storage, materialize
@@ -226,12 +226,11 @@ class Inputs:
         return _Folder(generation.id, {row.name: row.digest for row in list_files(session, generation.id)})
 
     def _shards(self, session: Session, row: PseudoLabelSet, purpose: str) -> list[_File]:
-        jobs = list_shards(session, row.id, purpose=purpose)
-        digests = _digests_of_shards(session, row.id)
-        missing = [job.id for job in jobs if job.id not in digests]
+        shards = list_shards(session, row.id, purpose=purpose)
+        missing = [job_id for job_id, digest in shards if digest is None]
         if missing:
             raise NotFound(f"jobs {', '.join(missing[:5])} of set {row.id} have no shard", jobs=missing[:100])
-        return [_File("shard.parquet", digests[job.id]) for job in jobs]
+        return [_File("shard.parquet", digest) for _, digest in shards if digest is not None]
 
     def _selected(self, session: Session, set_id: str) -> _File:
         digests = {row.name: row.digest for row in list_files(session, set_id)}
@@ -249,13 +248,6 @@ def _looked_at(session: Session, job: Job) -> list[str]:
     run = get_run(session, job.run_id)
     versions = (run.labeled_version_id, run.validation_version_id, run.test_version_id, job.input.get("unlabeled_version_id"))
     return [version_id for version_id in versions if version_id]
-
-
-def _digests_of_shards(session: Session, set_id: str) -> dict[str, str]:
-    """Digest of each finished shard by its job, in one query."""
-    query = sa.select(StoredFile.owner_id, StoredFile.digest).join(Job, Job.id == StoredFile.owner_id)
-    query = query.where(Job.pseudo_label_set_id == set_id, Job.kind == "label", StoredFile.name == "shard.parquet")
-    return dict(session.execute(query).all())
 
 
 def _lineage(session: Session, job: Job, run: Run, teacher: Generation | None, versions: dict[str, str | None]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -25,6 +26,14 @@ def name_files(session: Session, owner_id: str, files: dict[str, dict[str, Any]]
 def list_files(session: Session, owner_id: str) -> list[StoredFile]:
     """The files of one owner by name."""
     return list(session.scalars(sa.select(StoredFile).where(StoredFile.owner_id == owner_id).order_by(StoredFile.name)))
+
+
+def list_files_of(session: Session, owner_ids: Sequence[str]) -> dict[str, list[StoredFile]]:
+    """The files of several owners by name, in one query."""
+    found: dict[str, list[StoredFile]] = {owner_id: [] for owner_id in owner_ids}
+    for row in session.scalars(sa.select(StoredFile).where(StoredFile.owner_id.in_(owner_ids)).order_by(StoredFile.name)):
+        found[row.owner_id].append(row)
+    return found
 
 
 def forget_files(session: Session, owner_id: str, *, prefix: str = "") -> None:

@@ -69,11 +69,13 @@ def get_job(session: Session, job_id: str) -> Job:
 
 
 def can_start(moment: datetime) -> tuple[sa.ColumnElement[bool], ...]:
-    """WHERE of the jobs that some worker may take at this moment, for a query that outer-joins their runs. Jobs of a paused run wait."""
+    """WHERE of the jobs that some worker may take at this moment. Jobs of a paused run wait."""
     return (
         Job.status == "queued",
         sa.or_(Job.not_before.is_(None), Job.not_before <= moment),
-        sa.or_(Run.id.is_(None), Run.status == "active"),
+        # Not a join: among many finished runs PostgreSQL would expect it to leave hardly a job, and sort the whole queue instead of
+        # reading it in order.
+        sa.or_(Job.run_id.is_(None), Job.run_id.in_(sa.select(Run.id).where(Run.status == "active"))),
     )
 
 
@@ -96,40 +98,59 @@ def claim(
     and none gets a job whose protocol is above its own.
     """
     moment = now(session)
-    drains = sa.exists().where(Worker.name == holder, Worker.draining_at.is_not(None))
-    waiting = (
-        sa.select(Job.id)
-        .outerjoin(Run, Run.id == Job.run_id)
-        .where(*can_start(moment), Job.capability.in_(list(capabilities)), Job.protocol <= protocol, ~drains)
-        .order_by(Job.priority.desc(), Job.id)
-        .limit(1)
-        # Whoever looks for any job passes over locked ones. Who was told of one waits: the relay holds that row for the
-        # moment in which it notes that the hint went out, and a hint passed over costs a polling interval.
-        .with_for_update(skip_locked=job_id is None, of=Job)
-    )
+    takes: dict[str, Any] = {
+        "status": "running",
+        "attempt": Job.attempt + 1,
+        "token": Job.token + 1,
+        "lease_holder": holder,
+        "lease_until": moment + timedelta(seconds=lease_seconds),
+        "started_at": sa.func.coalesce(Job.started_at, moment),
+        "progress": sa.null(),
+        "max_attempts": Job.max_attempts if max_attempts is None else max_attempts,
+    }
+    waiting = claimable(moment, holder=holder, protocol=protocol)
+    job = None
     if job_id is not None:
-        waiting = waiting.where(Job.id == job_id)
-    if pseudo_label_set_id is not None:
-        waiting = waiting.where(Job.pseudo_label_set_id == pseudo_label_set_id, Job.kind == "label")
-    job = session.scalars(
-        sa.update(Job)
-        .where(Job.id == waiting.scalar_subquery(), Job.status == "queued")
-        .values(
-            status="running",
-            attempt=Job.attempt + 1,
-            token=Job.token + 1,
-            lease_holder=holder,
-            lease_until=moment + timedelta(seconds=lease_seconds),
-            started_at=sa.func.coalesce(Job.started_at, moment),
-            progress=sa.null(),
-            max_attempts=Job.max_attempts if max_attempts is None else max_attempts,
-        )
-        .returning(Job)
-        .execution_options(synchronize_session=False, populate_existing=True)
-    ).one_or_none()
+        # Who was told of one waits: the relay holds that row for the moment in which it notes that the hint went out, and a
+        # hint passed over costs a polling interval. Whoever looks for any job passes over locked ones.
+        job = _take(session, waiting.where(Job.id == job_id, Job.capability.in_(capabilities)), takes, skip_locked=False)
+    elif pseudo_label_set_id is not None:
+        shards = waiting.where(Job.pseudo_label_set_id == pseudo_label_set_id, Job.kind == "label", Job.capability.in_(capabilities))
+        job = _take(session, shards, takes, skip_locked=True)
+    else:
+        for capability in _by_first_job(session, waiting, capabilities):
+            job = _take(session, waiting.where(Job.capability == capability), takes, skip_locked=True)
+            if job is not None:
+                break
     if job is not None:
         append_events(session, job, [("started", {"attempt": job.attempt, "worker": holder, "token": job.token})], at=moment)
     return job
+
+
+def claimable(moment: datetime, *, holder: str, protocol: int) -> sa.Select[str]:
+    """Ids of the jobs that this worker may take at this moment, the next one first; of one capability they are read in that order."""
+    drains = sa.exists().where(Worker.name == holder, Worker.draining_at.is_not(None))
+    query = sa.select(Job.id).where(*can_start(moment), Job.protocol <= protocol, ~drains)
+    return query.order_by(Job.priority.desc(), Job.id).limit(1)
+
+
+def _by_first_job(session: Session, waiting: sa.Select[str], capabilities: Sequence[str]) -> list[str]:
+    """The capabilities whose queue has a job, that with the next job of all first.
+
+    One ordered look each: asked for jobs of several capabilities at once, a database reads and sorts all of their queues.
+    """
+    if len(capabilities) < 2:
+        return list(capabilities)
+    facts = (Job.capability, Job.priority, Job.id)
+    firsts = [waiting.with_only_columns(*facts).where(Job.capability == name).subquery() for name in sorted(set(capabilities))]
+    found = session.execute(sa.union_all(*(sa.select(first) for first in firsts))).all()
+    return [capability for capability, _, _ in sorted(found, key=lambda first: (-first[1], first[2]))]
+
+
+def _take(session: Session, waiting: sa.Select[str], values: dict[str, Any], *, skip_locked: bool) -> Job | None:
+    locked = waiting.with_for_update(skip_locked=skip_locked, of=Job)
+    query = sa.update(Job).where(Job.id == locked.scalar_subquery(), Job.status == "queued").values(**values).returning(Job)
+    return session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
 
 
 def heartbeat(session: Session, job_id: str, *, token: int, lease_seconds: float, progress: dict[str, Any] | None) -> Job | None:

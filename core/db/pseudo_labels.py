@@ -7,10 +7,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from core import lifecycle
 from core.db.files import name_files
 from core.db.jobs import NewJob, enqueue, request_cancel
 from core.db.session import now
-from core.db.tables import Job, PseudoLabelSet
+from core.db.tables import Job, PseudoLabelSet, StoredFile
 from core.errors import WrongState
 from core.ids import absent, new_id
 
@@ -109,17 +110,42 @@ def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
     return job
 
 
-def count_label_jobs(session: Session, set_id: str) -> dict[str, int]:
-    """How many of the set's labeling jobs have each status."""
-    query = sa.select(Job.status, sa.func.count()).where(Job.pseudo_label_set_id == set_id, Job.kind == "label").group_by(Job.status)
-    return dict(session.execute(query).all())
+def count_shards_done(session: Session, row: PseudoLabelSet) -> int:
+    """How many of the set's shards are labeled."""
+    if row.status in ("selecting", "ready"):
+        return row.num_shards
+    # Neither the kind of job nor anything else that only the row itself tells: a count that stays in ix_jobs_set. Until all
+    # shards are labeled no other job of the set has succeeded.
+    query = sa.select(sa.func.count()).where(Job.pseudo_label_set_id == row.id, Job.status == "succeeded")
+    succeeded = session.scalar(query) or 0
+    # With a separate selection model each shard has two jobs.
+    return succeeded if row.selection_generation_id is None else succeeded // 2
 
 
-def list_shards(session: Session, set_id: str, *, purpose: str) -> list[Job]:
-    """The set's finished labeling jobs of one purpose (`label` or `select`), in the order of their images."""
-    query = sa.select(Job).where(Job.pseudo_label_set_id == set_id, Job.kind == "label", Job.status == "succeeded")
-    jobs = [job for job in session.scalars(query) if job.input["purpose"] == purpose]
-    return sorted(jobs, key=lambda job: int(job.input["start"]))
+def list_first_jobs(session: Session, set_id: str, *, limit: int) -> list[str]:
+    """Ids of the set's first jobs. They all have the set's priority, so those of each status come in order from ix_jobs_set."""
+    firsts = [
+        sa.select(Job.id)
+        .where(Job.pseudo_label_set_id == set_id, Job.status == status)
+        .order_by(Job.priority.desc(), Job.id)
+        .limit(limit)
+        .subquery()
+        for status in lifecycle.JOB_STATUSES
+    ]
+    each = sa.union_all(*(sa.select(first) for first in firsts)).subquery()
+    return list(session.scalars(sa.select(each.c.id).order_by(each.c.id).limit(limit)))
+
+
+def list_shards(session: Session, set_id: str, *, purpose: str) -> list[tuple[str, str | None]]:
+    """The set's finished labeling jobs of one purpose (`label` or `select`), in the order of their images: (job, digest of its shard).
+
+    No whole rows: a supervisor that held those of 30 000 shards would need more memory than for everything else.
+    """
+    digest = sa.select(StoredFile.digest).where(StoredFile.owner_id == Job.id, StoredFile.name == "shard.parquet").scalar_subquery()
+    query = sa.select(Job.id, digest).where(
+        Job.pseudo_label_set_id == set_id, Job.kind == "label", Job.status == "succeeded", Job.input["purpose"].as_string() == purpose
+    )
+    return [(job_id, found) for job_id, found in session.execute(query.order_by(Job.input["start"].as_integer()))]
 
 
 def get_set(session: Session, set_id: str) -> PseudoLabelSet:

@@ -134,6 +134,9 @@ class Iteration(Base):
     finished_at: Mapped[datetime | None]
 
 
+_OPEN = sa.text("status IN ('queued', 'running')")
+
+
 class Job(Base):
     """What was asked for. The row is the truth; a Celery message only wakes somebody who then claims it."""
 
@@ -144,6 +147,7 @@ class Job(Base):
         _one_of("kind", lifecycle.JOB_KINDS),
         sa.CheckConstraint("(lease_holder IS NULL) = (lease_until IS NULL)", name="lease"),
         sa.CheckConstraint("(status = 'running') = (lease_holder IS NOT NULL)", name="lease_while_running"),
+        sa.Index("ix_jobs_open", "run_id", "id", sqlite_where=_OPEN, postgresql_where=_OPEN),
         sa.Index("ix_jobs_status", "status", "id"),
         sa.Index("ix_jobs_kind", "kind", "id"),
         sa.Index("ix_jobs_lease_until", "lease_until"),
@@ -182,6 +186,11 @@ class Job(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+def is_open(job: type[Job]) -> sa.ColumnElement[bool]:
+    """Queued or running, in the words of ix_jobs_open: a parameter could mean anything, and would not be looked for there."""
+    return job.status.in_([sa.literal_column("'queued'"), sa.literal_column("'running'")])
 
 
 # In the order of a claim, which so reads one row, however long the queue is.
@@ -235,7 +244,7 @@ class Generation(Base):
     """A trained (or imported) network in the lineage. Registered only when complete."""
 
     __tablename__ = "generations"
-    __table_args__ = (_one_of("role", lifecycle.GENERATION_ROLES),)
+    __table_args__ = (_one_of("role", lifecycle.GENERATION_ROLES), sa.Index("ix_generations_role", "role", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     role: Mapped[str]

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from core.db.jobs import can_start
 from core.db.session import now
-from core.db.tables import Job, OutboxMessage, Run, SingletonLease, Worker
+from core.db.tables import Job, OutboxMessage, SingletonLease, Worker
 from core.errors import WrongState
 from core.ids import absent, new_id
 from core.version import PROTOCOL
@@ -153,12 +153,7 @@ def hint_again(session: Session, *, older_than_seconds: float, per_capability: i
     moment = now(session)
     old = moment - timedelta(seconds=older_than_seconds)
     place = sa.func.row_number().over(partition_by=Job.capability, order_by=(Job.priority.desc(), Job.id))
-    waiting = (
-        sa.select(Job.id, Job.capability, Job.hinted_at, place.label("place"))
-        .outerjoin(Run, Run.id == Job.run_id)
-        .where(*can_start(moment))
-        .subquery()
-    )
+    waiting = sa.select(Job.id, Job.capability, Job.hinted_at, place.label("place")).where(*can_start(moment)).subquery()
     due = sa.select(waiting.c.id, waiting.c.capability).where(waiting.c.place <= per_capability, waiting.c.hinted_at < old)
     rows = session.execute(due).all()
     for job_id, capability in rows:

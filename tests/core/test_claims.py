@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from core.db import jobs
 from core.db.session import Database, now
-from core.db.tables import Event, Job, Run
+from core.db.tables import Event, Job
 from core.db.workers import (
     WorkerDescription,
     drain_worker,
@@ -178,22 +178,64 @@ def test_a_job_of_a_newer_protocol_waits_for_a_worker_that_reads_it(database: Da
     assert newer.id == new
 
 
-def test_a_claim_reads_the_queue_in_the_order_of_its_index(database: Database) -> None:
+@pytest.mark.parametrize("capabilities", [["cpu"], ["cuda", "cpu"]])
+def test_a_claim_reads_the_queue_in_the_order_of_its_index(database: Database, capabilities: list[str]) -> None:
     add_jobs(database, 50)
-    with database.transaction() as session:
-        if not database.is_sqlite:
-            # Fifty rows are read faster in any other way.
-            session.execute(sa.text("SET LOCAL enable_seqscan = off"))
-            session.execute(sa.text("SET LOCAL enable_bitmapscan = off"))
-        waiting = sa.select(Job.id).outerjoin(Run, Run.id == Job.run_id).where(*jobs.can_start(now(session)), Job.capability.in_(["cpu"]))
-        query = waiting.order_by(Job.priority.desc(), Job.id).limit(1)
-        sql = str(query.compile(session.get_bind(), compile_kwargs={"literal_binds": True}))
-        explain = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
-        plan = " ".join(str(row) for row in session.execute(sa.text(f"{explain} {sql}")))
+    add_jobs(database, 50, capability="cuda")
 
-    assert "ix_jobs_claim" in plan
-    assert "Sort" not in plan
-    assert "TEMP B-TREE" not in plan
+    plans = explain_claim(database, capabilities)
+
+    assert len(plans) == len(capabilities)
+    assert all("ix_jobs_claim" in plan for plan in plans)
+    assert not [plan for plan in plans if "Sort" in plan or "TEMP B-TREE" in plan]
+
+
+def explain_claim(database: Database, capabilities: list[str]) -> list[str]:
+    """How the database finds the job of a claim: the plan of each statement that looks at the queue."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "priority DESC" in statement:
+            asked.append((statement, parameters))
+
+    engine = database.engine()
+    sa.event.listen(engine, "before_cursor_execute", note)
+    assert claim(database, capabilities=capabilities) is not None
+    sa.event.remove(engine, "before_cursor_execute", note)
+    explain = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
+    plans = []
+    with engine.connect() as connection:
+        # A hundred rows are read faster in any other way.
+        for way in ("seqscan", "bitmapscan") if not database.is_sqlite else ():
+            connection.exec_driver_sql(f"SET LOCAL enable_{way} = off")
+        for statement, parameters in asked:
+            plans.append(" ".join(str(row) for row in connection.exec_driver_sql(f"{explain} {statement}", parameters)))
+    return plans
+
+
+@pytest.mark.parametrize(("cuda", "cpu", "first"), [(0, 0, "cpu"), (1, 0, "cuda"), (0, 1, "cpu")])
+def test_a_worker_of_two_capabilities_takes_the_next_job_of_both_queues(database: Database, cuda: int, cpu: int, first: str) -> None:
+    add_jobs(database, capability="cpu", priority=cpu)
+    add_jobs(database, capability="cuda", priority=cuda)
+
+    got = [job.capability for _ in range(2) if (job := claim(database, capabilities=["cuda", "cpu"])) is not None]
+
+    assert got[0] == first
+    assert sorted(got) == ["cpu", "cuda"]
+
+
+def test_a_worker_of_two_capabilities_takes_from_one_queue_while_the_other_is_being_taken(postgresql_url: str) -> None:
+    database = Database(Settings(database_url=postgresql_url).resolved_database_url)
+    add_jobs(database, capability="cuda", priority=1)
+    [waiting] = add_jobs(database, capability="cpu")
+
+    with database.transaction() as other:
+        assert jobs.claim(other, holder="other", capabilities=["cuda"], lease_seconds=60) is not None
+        found = claim(database, capabilities=["cuda", "cpu"])
+
+    assert found is not None
+    assert found.id == waiting
+    database.close()
 
 
 def test_enqueueing_many_jobs_takes_as_many_statements_as_enqueueing_few(sqlite_url: str) -> None:

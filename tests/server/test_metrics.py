@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from core.db.tables import Job
+from server.counted import Counted
 from tests.server.builders import Api, add_job, add_worker, api_in_process, start_job
 
 
@@ -63,3 +64,22 @@ def test_an_image_that_waits_is_counted(api: Api, monkeypatch: pytest.MonkeyPatc
     let_go.set()
     future.result()
     assert read(api)["noisy_student_predict_images"] == 0
+
+
+def test_what_took_long_to_count_is_shown_again() -> None:
+    moment = 0.0
+    counts: Counted[int] = Counted(clock=lambda: moment)
+    counted: list[int] = []
+
+    def count() -> int:
+        nonlocal moment
+        moment += 0.1 if len(counted) else 0.001
+        counted.append(len(counted))
+        return counted[-1]
+
+    def read_at(at: float) -> int:
+        nonlocal moment
+        moment = at
+        return counts.read(count)
+
+    assert [read_at(at) for at in (0, 1, 2, 5, 7)] == [0, 1, 1, 1, 2]

@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from core.db.runs import move_run
+from core.db.tables import Job
 from server import progress
 from tests.server.builders import Api, add_job, add_run, api_on_a_socket, report, start_job, succeed, wait_until
 
@@ -149,6 +151,59 @@ def test_a_hundred_streams_wait_at_the_cost_of_one_query_a_poll(api: Api) -> Non
 
     assert len(ends) == 100
     assert {tuple(number for number, _, _ in seen) for seen in ends} == {(1, 2, 3, None)}
+
+
+def follow_in_thread(api: Api, path: str) -> tuple[threading.Thread, list[Any]]:
+    """A reader that waits, and where it will put what it sees."""
+    found: list[Any] = []
+    before = api.services.progress.num_watches
+    reader = threading.Thread(target=lambda: found.extend(read_stream(api.client, path)))
+    reader.start()
+    wait_until(lambda: api.services.progress.num_watches == before + 1)
+    return reader, found
+
+
+def wait_for_look(api: Api, job: Job, number: int) -> None:
+    """Until the poller has seen that the job has so many events."""
+    wait_until(lambda: api.services.progress._marks.get(("job", job.id), (0, ""))[0] == number)
+
+
+def test_streams_that_keep_up_share_what_one_look_finds(api: Api) -> None:
+    jobs = [start_job(api.database, add_job(api.database).id) for _ in range(5)]
+    readers = [follow_in_thread(api, f"/api/v1/jobs/{job.id}/events") for job in jobs for _ in range(4)]
+    for job in jobs:
+        wait_for_look(api, job, 2)
+    statements: list[str] = []
+    sa.event.listen(api.services.database._reading, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+
+    for number in range(5):
+        for job in jobs:
+            report(api.database, job, ("metric", {"value": number}))
+        for job in jobs:
+            wait_for_look(api, job, 3 + number)
+    reads = sum("FROM events" in statement for statement in statements)
+    for job in jobs:
+        succeed(api.database, job)
+    for reader, _ in readers:
+        reader.join()
+
+    assert all([number for number, _, _ in found] == [*range(1, 9), None] for _, found in readers)
+    # A look that falls between two reports finds them in two parts. Each stream by itself would have read 5 × 20 times.
+    assert reads <= 20 + 2 * 5
+
+
+def test_a_stream_that_is_told_too_much_at_once_reads_it_from_the_rows(api: Api) -> None:
+    job = start_job(api.database, add_job(api.database).id)
+    reader, found = follow_in_thread(api, f"/api/v1/jobs/{job.id}/events")
+    wait_for_look(api, job, 2)
+    report(api.database, job, ("metric", {"value": 0}))
+    wait_for_look(api, job, 3)
+
+    report(api.database, job, *[("metric", {"value": number}) for number in range(2 * progress.TAIL)])
+    succeed(api.database, job)
+    reader.join()
+
+    assert [number for number, _, _ in found] == [*range(1, 2 * progress.TAIL + 5), None]
 
 
 def test_more_streams_than_the_cap_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0007"
-down_revision = "0003"
+revision = "0005_serves_0003"
+down_revision = "0004_serves_0003"
 branch_labels = None
 depends_on = None
 
