@@ -99,8 +99,10 @@ def _judge(found: Measurement, small: Story, large: Story) -> None:
         counts = {name: story.notes.counts[name] for name in COUNTS}
         calm = story.calm[1] - story.calm[0]
         rates = {"labeled in, s": ended - begun, "shards a second": story.plan.shards / (ended - begun - calm)}
-        found.tables[f"{story.plan.shards} shards: what happened"] = [{"what": name, "number": value} for name, value in (rates | counts).items()]
-    found.tables["Last tenth of the large run ÷ last tenth of the small one, medians"] = [
+        found.tables[f"{story.plan.shards} shards: what happened"] = [
+            {"what": name, "number": value} for name, value in (rates | counts).items()
+        ]
+    found.tables["Median in the last tenth of the large run ÷ median in the small one"] = [
         {"what": name, "ratio": ratio} for name, ratio in grown.items()
     ]
     found.details["counts"] = {str(story.plan.shards): dict(story.notes.counts) for story in (small, large)}

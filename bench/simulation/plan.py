@@ -31,6 +31,8 @@ class Plan:
     work_seconds: float = 2.4
     """Pretended work of a usual shard."""
     lease_seconds: float = 30.0
+    poll_seconds: float | None = None
+    """How often an idle worker looks by itself; None: as a real one."""
     restart_seconds: float = 2.0
     """A worker that died comes back after this long, as another one."""
     calm_seconds: float = 20.0
@@ -77,6 +79,12 @@ class Notes:
         at, started = time.time(), time.perf_counter()
         yield
         self.times.append((what, at, time.perf_counter() - started))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"times": self.times, "counts": self.counts, "errors": self.errors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.times, self.counts, self.errors, self._lock = state["times"], state["counts"], state["errors"], threading.Lock()
 
     def write(self, path: Path) -> None:
         """For the process that began all others."""

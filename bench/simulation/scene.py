@@ -28,6 +28,7 @@ from ml.recipes import build_recipe
 from ml.validation import to_dict
 from tests.builders_services import create_database, running_postgresql, running_redis
 
+MAX_CONNECTIONS = 600
 _START_SECONDS = 60.0
 
 
@@ -53,13 +54,14 @@ class Scene:
 @contextmanager
 def setting(plan: Plan, directory: Path) -> Iterator[Scene]:
     """Everything but the workers is up."""
-    with running_postgresql() as postgresql, running_redis() as redis_url:
+    with running_postgresql(max_connections=MAX_CONNECTIONS) as postgresql, running_redis() as redis_url:
         url = create_database(postgresql, "simulation")
         settings = Settings(
             database_url=url,
             data_directory=directory / "data",
             redis_url=redis_url,
             lease_seconds=plan.lease_seconds,
+            poll_seconds=plan.poll_seconds,
         )
         environment = {
             "NOISY_STUDENT_DATA_DIRECTORY": str(directory / "data"),
@@ -78,13 +80,13 @@ def setting(plan: Plan, directory: Path) -> Iterator[Scene]:
         try:
             service.wait_ready()
             shared = Shared(plan=plan, settings=settings, directory=directory, stored=stored)
-            yield Scene(shared=shared, service=service, database=database, run_id=_add_run(database, plan, stored))
+            yield Scene(shared=shared, service=service, database=database, run_id=add_run(database, plan, stored))
         finally:
             service.stop()
             database.close()
 
 
-def _add_run(database: Database, plan: Plan, stored: dict[str, Any]) -> str:
+def add_run(database: Database, plan: Plan, stored: dict[str, Any]) -> str:
     """A teacher, `plan.shards` shards, a selection, a student: all jobs are made by the controller when their time has come."""
     recipe = {"labeling": {"shard_size": SHARD_SIZE}, "iterations": {"control": False}, "runtime": {"device": "cpu"}}
     with database.transaction() as session:

@@ -128,9 +128,9 @@ def describe_reads(story: Story) -> list[dict[str, Any]]:
 
 
 def growth(small: Story, large: Story) -> dict[str, float]:
-    """By kind of work: its median in the last tenth of the large run ÷ that of the small one. 1: the whole grows as the shards do."""
+    """By kind of work: its median in the last tenth of the large run ÷ its median in the small one. 1: the whole grows as the shards do."""
     found = {}
     for name in ("controller in a turn", "relay", "lose jobs", *WORK):
         one, other = (story.controller() if name == "controller in a turn" else story.times(name) for story in (small, large))
-        found[name] = middle(large.during(other, 0.9, 1.0)) / middle(small.during(one, 0.9, 1.0))
+        found[name] = middle(large.during(other, 0.9, 1.0)) / middle(small.during(one))
     return found

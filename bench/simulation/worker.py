@@ -25,6 +25,8 @@ from workers.progress import FLUSH_SECONDS, Reports
 from workers.supervisor import SEEN_SECONDS
 
 CAPABILITIES = ("cpu",)
+HOST_WORKERS = 8
+"""So many share connections: a pool of ten serves them without opening and closing any."""
 NICE = 10
 """Real workers have hosts of their own; here they must not push the service aside."""
 
@@ -38,7 +40,9 @@ class Crew:
         self.bell = Bell()
         self.database = Database(shared.settings.resolved_database_url)
         self.queue = make_queue(shared.settings.redis_url)
-        self.workers = [SimulatedWorker(self, f"{number}-{place}") for place in range(size)]
+        hosts = [Database(shared.settings.resolved_database_url) for _ in range(0, size, HOST_WORKERS)]
+        self.workers = [SimulatedWorker(self, f"{number}-{place}", hosts[place // HOST_WORKERS]) for place in range(size)]
+        self._databases = [self.database, *hosts]
 
     def run(self) -> None:
         """Work until the simulation ends."""
@@ -55,7 +59,8 @@ class Crew:
         self.bell.stop()
         for thread in (*self.workers, *helpers):
             thread.join()
-        self.database.close()
+        for database in self._databases:
+            database.close()
 
     def _keep_seen(self) -> None:
         """Each worker is seen as often as a real one, one after the other."""
@@ -72,10 +77,10 @@ class Crew:
 class SimulatedWorker(threading.Thread):
     """One slot. When it dies it comes back as another worker."""
 
-    def __init__(self, crew: Crew, name: str) -> None:
+    def __init__(self, crew: Crew, name: str, database: Database) -> None:
         super().__init__(name=name)
         self._crew, self._shared, self._plan = crew, crew.shared, crew.shared.plan
-        self._notes, self._database = crew.notes, crew.database
+        self._notes, self._database = crew.notes, database
         self._life = 0
         self.row_id: str | None = None
         self._holder = name
@@ -204,7 +209,8 @@ def pretended_result(job: Job, stored: dict[str, Any]) -> tuple[dict[str, Any], 
         return {"num_rows": SHARD_SIZE}, {"shard.parquet": stored}
     if job.kind == "select":
         return {"report": {"num_unique": SHARD_SIZE, "num_rows": SHARD_SIZE}}, {"selected.parquet": stored, "items.parquet": stored}
-    metrics = {"role": job.input["role"], "architecture": "test_resnet", "num_parameters": 10, "validation": {"top1": 0.5}}
+    measured = {"top1": 0.5, "interval": [0.4, 0.6], "num_images": 100}
+    metrics = {"role": job.input["role"], "architecture": "test_resnet", "num_parameters": 10, "validation": measured}
     return {"metrics": metrics, "class_names": ["cat", "dog"], "lineage": {}}, {"model.safetensors": stored}
 
 
