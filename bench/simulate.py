@@ -12,13 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.measurement import RESULTS, Measurement
+from bench.measurement import RESULTS, Measurement, busy_elsewhere
 from bench.simulation.oracle import NEVER, find_faults
 from bench.simulation.plan import Notes, Plan
 from bench.simulation.plots import draw
 from bench.simulation.readers import Reader
 from bench.simulation.scene import Scene, setting, working
 from bench.simulation.story import Story, describe_reads, describe_work, growth, high
+from ml.cores import num_cores
 
 COUNTS = ("dies", "freezes", "slow", "repeats", "late results fenced", "repeated results fenced", *NEVER, "messages that came twice")
 _SAMPLE_SECONDS = 0.5
@@ -46,6 +47,7 @@ def simulate(plan: Plan) -> Story:
     try:
         with setting(plan, directory) as scene:
             notes, reader = Notes(), Reader(scene)
+            before = busy_elsewhere()
             reader.start()
             try:
                 with working(scene, notes):
@@ -53,8 +55,9 @@ def simulate(plan: Plan) -> Story:
             finally:
                 reader.stop.set()
                 reader.join()
+            after = busy_elsewhere()
             notes.errors += reader.notes.errors
-            story = Story(plan, notes, reader.notes, progress, calm)
+            story = Story(plan, notes, reader.notes, progress, calm, (after[1] - before[1]) / (after[0] - before[0]) / num_cores())
             story.faults = find_faults(scene, notes)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -62,7 +65,7 @@ def simulate(plan: Plan) -> Story:
 
 
 def _watch(scene: Scene) -> tuple[list[tuple[float, int]], tuple[float, float]]:
-    """Note the progress until the run has ended; let the workers pause at half of it. (progress, when they paused)"""
+    """Note the progress until the run has ended; let the workers pause at half of it. Returns it, and when they paused."""
     plan, shared = scene.shared.plan, scene.shared
     progress: list[tuple[float, int]] = []
     calm = (0.0, 0.0)
@@ -98,7 +101,11 @@ def _judge(found: Measurement, small: Story, large: Story) -> None:
         found.tables[f"{story.plan.shards} shards: reads"] = describe_reads(story)
         counts = {name: story.notes.counts[name] for name in COUNTS}
         calm = story.calm[1] - story.calm[0]
-        rates = {"labeled in, s": ended - begun, "shards a second": story.plan.shards / (ended - begun - calm)}
+        rates = {
+            "labeled in, s": ended - begun,
+            "shards a second": story.plan.shards / (ended - begun - calm),
+            "share of others": story.others,
+        }
         found.tables[f"{story.plan.shards} shards: what happened"] = [
             {"what": name, "number": value} for name, value in (rates | counts).items()
         ]

@@ -1,4 +1,4 @@
-"""What befalls an attempt, drawn by seed, step, part and attempt: the same whoever takes the job, so that every count is known beforehand."""
+"""What befalls an attempt, drawn by seed, step, part and attempt: whoever takes the job, so that every count is known beforehand."""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ class Story:
     """(when, shards labeled), twice a second."""
     calm: tuple[float, float]
     """When the workers paused."""
+    others: float = 0.0
+    """Share of the machine's cores that processes took which are not of the simulation."""
     faults: list[str] = field(default_factory=list)
 
     def share(self, at: Iterable[float]) -> Any:
