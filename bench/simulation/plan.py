@@ -27,9 +27,11 @@ class Plan:
     seed: int = 0
     shards: int = 30_000
     workers: int = 200
-    processes: int = 3
-    work_seconds: float = 2.4
+    processes: int = 6
+    work_seconds: float = 3.5
     """Pretended work of a usual shard."""
+    report_seconds: float = 5.0
+    """How often pretended work says how far it is. Real work may do so every second; two cores are not enough for 200 that do."""
     lease_seconds: float = 30.0
     poll_seconds: float | None = None
     """How often an idle worker looks by itself; None: as a real one."""

@@ -21,14 +21,12 @@ from core.logs import configure_logs
 from core.queue import make_queue
 from core.version import VERSION
 from workers.outcomes import record_success, write_reports
-from workers.progress import FLUSH_SECONDS, Reports
+from workers.progress import Reports
 from workers.supervisor import SEEN_SECONDS
 
 CAPABILITIES = ("cpu",)
 HOST_WORKERS = 8
-"""So many share connections: a pool of ten serves them without opening and closing any."""
-NICE = 10
-"""Real workers have hosts of their own; here they must not push the service aside."""
+"""So many share connections and one housekeeping, as the slots of a host do: a pool of ten serves them without opening and closing any."""
 
 
 class Crew:
@@ -40,9 +38,9 @@ class Crew:
         self.bell = Bell()
         self.database = Database(shared.settings.resolved_database_url)
         self.queue = make_queue(shared.settings.redis_url)
-        hosts = [Database(shared.settings.resolved_database_url) for _ in range(0, size, HOST_WORKERS)]
+        hosts = [Host(self, f"host-{number}-{place}") for place in range(0, size, HOST_WORKERS)]
         self.workers = [SimulatedWorker(self, f"{number}-{place}", hosts[place // HOST_WORKERS]) for place in range(size)]
-        self._databases = [self.database, *hosts]
+        self._hosts = hosts
 
     def run(self) -> None:
         """Work until the simulation ends."""
@@ -51,6 +49,8 @@ class Crew:
             threading.Thread(target=consume, args=(self.shared, self.database, self.bell, self.notes), kwargs={"num_workers": size}),
             threading.Thread(target=self._keep_seen),
         ]
+        for host in self._hosts:
+            host.house.start()
         for thread in (*self.workers, *helpers):
             thread.start()
         with self.shared.ready.get_lock():
@@ -59,8 +59,10 @@ class Crew:
         self.bell.stop()
         for thread in (*self.workers, *helpers):
             thread.join()
-        for database in self._databases:
-            database.close()
+        for host in self._hosts:
+            host.house.stop()
+            host.database.close()
+        self.database.close()
 
     def _keep_seen(self) -> None:
         """Each worker is seen as often as a real one, one after the other."""
@@ -74,20 +76,26 @@ class Crew:
                         see_worker(session, worker.row_id)
 
 
+class Host:
+    """What the workers of one host share."""
+
+    def __init__(self, crew: Crew, name: str) -> None:
+        self.database = Database(crew.shared.settings.resolved_database_url)
+        self.house = TimedHousekeeping(crew.shared.settings, self.database, crew.queue, crew.notes, holder=name)
+
+
 class SimulatedWorker(threading.Thread):
     """One slot. When it dies it comes back as another worker."""
 
-    def __init__(self, crew: Crew, name: str, database: Database) -> None:
+    def __init__(self, crew: Crew, name: str, host: Host) -> None:
         super().__init__(name=name)
         self._crew, self._shared, self._plan = crew, crew.shared, crew.shared.plan
-        self._notes, self._database = crew.notes, database
+        self._notes, self._database, self._house = crew.notes, host.database, host.house
         self._life = 0
         self.row_id: str | None = None
         self._holder = name
-        self._house = TimedHousekeeping(self._shared.settings, self._database, crew.queue, self._notes, holder=name)
 
     def run(self) -> None:
-        self._house.start()
         try:
             self._begin_life()
             hint = None
@@ -99,8 +107,6 @@ class SimulatedWorker(threading.Thread):
                 hint = self._crew.bell.wait(self._shared.settings.resolved_poll_seconds * random.uniform(0.75, 1.0))
         except Exception:  # a simulation in which anybody stumbles has failed, and says where
             self._notes.errors.append(traceback.format_exc())
-        finally:
-            self._house.stop()
 
     def _begin_life(self) -> None:
         self._life += 1
@@ -171,7 +177,7 @@ class SimulatedWorker(threading.Thread):
         reports.take({"type": "runtime", "runtime": job.input.get("runtime") or {"device": "cpu"}})
         reports.take({"type": "event", "kind": "stage", "data": {"stage": "labeling" if job.kind == "label" else "training"}})
         while (elapsed := time.monotonic() - started) < total:
-            time.sleep(min(FLUSH_SECONDS, total - elapsed))
+            time.sleep(min(self._plan.report_seconds, total - elapsed))
             share = min(1.0, (time.monotonic() - started) / total)
             done = {"done": round(share * SHARD_SIZE), "total": SHARD_SIZE, "unit": "images"}
             reports.take({"type": "event", "kind": "progress", "data": done})
@@ -216,7 +222,6 @@ def pretended_result(job: Job, stored: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def work(shared: Shared, number: int, size: int) -> None:
     """A process of simulated workers."""
-    os.nice(NICE)
     configure_logs(json_lines=True)
     crew = Crew(shared, number, size)
     try:

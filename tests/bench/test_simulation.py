@@ -25,6 +25,7 @@ TINY = Plan(
     processes=1,
     work_seconds=0.1,
     lease_seconds=2.0,
+    report_seconds=0.3,
     poll_seconds=1.0,
     restart_seconds=0.2,
     calm_seconds=0.5,
