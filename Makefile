@@ -1,7 +1,7 @@
 # The one door. `make` lists the verbs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo up fleet chaos test test-long check bench format lock clean
+.PHONY: help install demo up fleet chaos simulate test test-long check bench format lock clean
 
 PYTHON3 ?= python3
 VENV := .venv
@@ -38,6 +38,9 @@ fleet: install ## The containers' fleet as processes of this machine, without co
 
 chaos: install ## Faults by the minute over real processes, then doctor --verify: SEED=7 MINUTES=10
 	@$(BIN)/python -m tests.faults --seed $(or $(SEED),0) --minutes $(or $(MINUTES),10) --report build/chaos
+
+simulate: install ## 30 000 shards, 200 pretended workers, everything else real: SEED=7 SHARDS=30000 WORKERS=200
+	@$(BIN)/python -m bench simulate
 
 test: install ## The tests that every change must pass (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -m "not long and not gpu" -n 2 --dist loadfile

@@ -73,9 +73,14 @@ GOALS: tuple[Goal, ...] = (
     _most("supervisor-lists", "shards", "peak memory of a supervisor that lists 30 000 shards", 120, "MB"),
     _most("ingestion-memory", "ingestion", "peak memory of ingesting 10 M images", 1000, "MB"),
     _most("manifest-paging", "ingestion", "page of a manifest of 10 M images: last ÷ first, median", 1.5, ""),
+    _most("simulate-controller-pass", "simulate", "longest controller pass, 30 000 shards and 200 simulated workers", 1, "s"),
+    _most("simulate-reads-p99", "simulate", "99th percentile of the slowest API read meanwhile", 50, "ms"),
+    _most(
+        "simulate-growth", "simulate", "a pass, relay, claim, report or end near the end of 30 000 shards ÷ the same among 3 000", 1.5, ""
+    ),
 )
 
-BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "slots", "claims", "shards", "ingestion")
+BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "slots", "claims", "shards", "ingestion", "simulate")
 """Measurements that take minutes by design: they run when they are named."""
 MEASUREMENTS: tuple[str, ...] = tuple(dict.fromkeys(goal.measurement for goal in GOALS if goal.measurement not in BY_HAND))
 """Every other measurement, in the order in which they run."""

@@ -100,9 +100,9 @@ def interleaved(parts: Mapping[str, Callable[[], float]], *, repeats: int, most:
     turns: list[dict[str, float]] = []
     calm: list[dict[str, float]] = []
     while len(turns) < repeats or (len(calm) < repeats and len(turns) < (most or repeats)):
-        before = _busy_elsewhere()
+        before = busy_elsewhere()
         turn = {name: part() for name, part in parts.items()}
-        turn["others"] = _share(before, _busy_elsewhere())
+        turn["others"] = _share(before, busy_elsewhere())
         turns.append(turn)
         if turn["others"] <= _CALM:
             calm.append(turn)
@@ -110,7 +110,7 @@ def interleaved(parts: Mapping[str, Callable[[], float]], *, repeats: int, most:
     return {name: [turn[name] for turn in kept] for name in kept[0]}
 
 
-def _busy_elsewhere() -> tuple[float, float]:
+def busy_elsewhere() -> tuple[float, float]:
     """(now, CPU seconds that everything but this process and its ended children has used on the machine), where the system tells."""
     path = Path("/proc/stat")
     if not path.exists():

@@ -60,7 +60,7 @@ def running_as(user: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def running_postgresql(*, shared_buffers: str = "32MB") -> Iterator[str]:
+def running_postgresql(*, max_connections: int = 200, shared_buffers: str = "32MB") -> Iterator[str]:
     """A server of its own; yields a directory of its socket. Its data is never flushed to the disk: it lives for one session."""
     # Sockets have short names, so the folder of the test may be too deep.
     directory = Path(tempfile.mkdtemp(prefix="nss-pg-", dir="/tmp"))
@@ -70,7 +70,7 @@ def running_postgresql(*, shared_buffers: str = "32MB") -> Iterator[str]:
     data = directory / "data"
     initdb = [find_postgresql("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"]
     server = [find_postgresql("postgres"), "-D", str(data), "-k", str(directory), "-c", "listen_addresses=", "-c", "fsync=off"]
-    server += ["-c", "max_connections=200", "-c", f"shared_buffers={shared_buffers}"]
+    server += ["-c", f"max_connections={max_connections}", "-c", f"shared_buffers={shared_buffers}"]
     process = None
     try:
         subprocess.run(initdb, check=True, capture_output=True, cwd=directory, **running_as(user))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import threading
 import time
@@ -27,6 +28,8 @@ from workers import controller, garbage
 
 SINGLETON = "housekeeping"
 SINGLETON_SECONDS = 6.0
+ASK_SECONDS = 1.5
+"""How often, on average, a worker that does not keep house looks whether it should: two hundred of them must not be a load."""
 RELAY_SECONDS = 0.15
 HINT_AGAIN_SECONDS = 10.0
 DEVICE_UNSEEN_SECONDS = 120.0
@@ -61,7 +64,7 @@ class Housekeeping:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
         self._sweeper: threading.Thread | None = None
-        self._held_until = self._hinted_at = self._swept_at = self._files_swept_at = self._host_swept_at = float("-inf")
+        self._ask_at = self._held_until = self._hinted_at = self._swept_at = self._files_swept_at = self._host_swept_at = float("-inf")
 
     def start(self) -> None:
         """Begin, in a thread."""
@@ -122,10 +125,20 @@ class Housekeeping:
         self._bell.clear()
 
     def _hold(self) -> bool:
-        """Whether this process keeps house for now; the lease is renewed when half of it is over, not at every turn."""
+        """Whether this process keeps house for now; the lease is renewed when half of it is over, not at every turn.
+
+        Who does not have it looks now and then, whatever rings, and reads first: asking for it locks the row, even in vain.
+        """
         moment = time.monotonic()
         if self._held_until - moment > SINGLETON_SECONDS / 2:
             return True
+        if self._held_until < moment:
+            if moment < self._ask_at:
+                return False
+            self._ask_at = moment + ASK_SECONDS * random.uniform(0.5, 1.5)
+            with self._database.reading() as session:
+                if is_held(session, SINGLETON, by_others_than=self._holder):
+                    return False
         with self._database.transaction() as session:
             held = hold_singleton(session, SINGLETON, holder=self._holder, seconds=SINGLETON_SECONDS)
         self._held_until = moment + SINGLETON_SECONDS if held else float("-inf")

@@ -118,11 +118,12 @@ def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) 
     return session.execute(query.returning(SingletonLease.holder)).scalar_one_or_none() == holder
 
 
-def is_held(session: Session, name: str) -> bool:
-    """Whether somebody has that lease now."""
-    return (
-        session.scalar(sa.select(SingletonLease.name).where(SingletonLease.name == name, SingletonLease.until > now(session))) is not None
-    )
+def is_held(session: Session, name: str, *, by_others_than: str | None = None) -> bool:
+    """Whether somebody (else) has that lease now."""
+    held = sa.select(SingletonLease.name).where(SingletonLease.name == name, SingletonLease.until > now(session))
+    if by_others_than is not None:
+        held = held.where(SingletonLease.holder != by_others_than)
+    return session.scalar(held) is not None
 
 
 def release_singleton(session: Session, name: str, *, holder: str) -> None:
