@@ -17,7 +17,7 @@ from core.db.jobs import lose_expired
 from core.db.runs import move_to_offered_devices
 from core.db.session import Database, now
 from core.db.tables import Generation, Job, Worker
-from core.db.workers import forget_old_messages, hint_again, hold_singleton, list_unpublished, mark_published, release_singleton
+from core.db.workers import forget_old_messages, hint_again, hold_singleton, is_held, list_unpublished, mark_published, release_singleton
 from core.errors import ServiceError
 from core.lifecycle import JOB_TERMINAL
 from core.logs import get_log
