@@ -47,7 +47,7 @@ def test_a_refusal_is_one_line_on_stderr_and_ends_with_1(call: Call) -> None:
     code, out, err = call("jobs", "show", "job_nowhere")
 
     assert (code, out) == (1, "")
-    assert err.splitlines() == ["error: there is no job job_nowhere"]
+    assert err.splitlines() == ["error: there is no job 'job_nowhere'"]
 
 
 def test_a_refusal_for_a_program_has_its_code(call: Call) -> None:

@@ -31,7 +31,7 @@ NAMES = ["cat", "dog"]
 
 def source(path: str, kind: str) -> dict[str, Any]:
     """What a reading is told."""
-    return {"path": path, "format": None, "split": None, "kind": kind}
+    return {"path": path, "format": None, "split": None, "pack": None, "kind": kind}
 
 
 def make_work(directory: Path, given: dict[str, Any], **values: Any) -> Work:
