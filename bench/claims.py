@@ -47,7 +47,8 @@ def measure() -> Measurement:
 def claim_until_empty(url: str, holder: str) -> tuple[list[str], list[float]]:
     """Claim and finish one job after another: their ids, and the seconds that each claim took."""
     database = Database(Settings(database_url=url).resolved_database_url)
-    got, seconds = [], []
+    got: list[str] = []
+    seconds: list[float] = []
     while True:
         started = time.perf_counter()
         with database.transaction() as session:
