@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deploy.loopback import Loopback
-from tests.e2e.processes import embedded
-from tests.e2e.test_fleet import outcome_of, wait_for_run
+from tests.e2e.processes import Service, embedded, wait_until
+from tests.e2e.test_fleet import outcome_of
 from tests.e2e.test_whole_loop import RECIPE, start_run, write_folders
 
 # Half a minute or more of training: time for a service to be replaced or to be brought elsewhere meanwhile.
@@ -28,6 +28,17 @@ class Undisturbed:
     root: Path
     """Of the folders."""
     outcome: dict[str, Any]
+
+
+def wait_for_run(service: Service, run_id: str, *, seconds: float) -> None:
+    """Until it is completed; every other end is an error."""
+
+    def ended() -> bool:
+        run = service.get(f"/api/v1/runs/{run_id}")
+        assert run["status"] in ("active", "completed"), run
+        return bool(run["status"] == "completed")
+
+    wait_until(ended, seconds=seconds, what=f"the end of {run_id}")
 
 
 @pytest.fixture(autouse=True)
@@ -47,4 +58,4 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     with embedded(tmp_path_factory.mktemp("calm"), roots=root) as service:
         run = start_run(service, folders, iterations=1, recipe=recipe)
         wait_for_run(service, run["id"], seconds=600)
-        return Undisturbed(recipe, folders, root, outcome_of(service, run["id"]))
+        return Undisturbed(recipe, folders, root, outcome_of(service))

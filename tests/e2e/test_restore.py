@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests.builders_services import create_database
-from tests.e2e.conftest import Undisturbed
+from tests.e2e.conftest import Undisturbed, wait_for_run
 from tests.e2e.processes import BIN, Service, embedded, start_embedded
-from tests.e2e.test_fleet import outcome_of, wait_for_run
+from tests.e2e.test_fleet import outcome_of
 from tests.e2e.test_kills import wait_for_checkpoint
 from tests.e2e.test_whole_loop import start_run
 
@@ -85,7 +85,7 @@ def test_a_run_that_was_backed_up_under_load_goes_on_elsewhere_and_ends_with_the
         restored.use_key((kept / "admin.key").read_text(encoding="utf-8").strip())
         before = run_of(restored, run["id"])
         wait_for_run(restored, run["id"], seconds=400)
-        outcome = outcome_of(restored, run["id"])
+        outcome = outcome_of(restored)
         jobs = {job["id"]: restored.finished_job(job["id"])["status"] for job in restored.get("/api/v1/jobs", limit=200)["items"]}
         restored.verify()
     finally:

@@ -25,9 +25,9 @@ from core.storage import LocalStorage
 from core.version import PROTOCOL, VERSION
 from deploy.compose_file import read_services
 from deploy.loopback import BIN, PUBLIC, Loopback
-from tests.e2e.conftest import Undisturbed
+from tests.e2e.conftest import Undisturbed, wait_for_run
 from tests.e2e.processes import Processes, Service, wait_until
-from tests.e2e.test_fleet import outcome_of, wait_for_run
+from tests.e2e.test_fleet import outcome_of
 from tests.e2e.test_kills import wait_for_checkpoint
 from tests.e2e.test_whole_loop import start_run
 from tests.faults.load import RED
@@ -259,7 +259,7 @@ def test_a_fleet_is_upgraded_over_a_schema_change_while_a_run_goes_on_and_no_req
             replace_workers(roll)
             wait_for_run(service, run["id"], seconds=400)
 
-        outcome = outcome_of(service, run["id"])
+        outcome = outcome_of(service)
         ends = {service.finished_job(job_id)["status"] for job_id in client.registered}
         workers = [one for one in service.get("/api/v1/workers")["items"] if one["alive"]]
         with database.reading() as session:
