@@ -21,6 +21,8 @@ from tests.faults.members import REPOSITORY
 LIVES = 2
 """Attempts that a poison job may lose."""
 POISON_SECONDS = 60.0
+COMMAND_SECONDS = 300.0
+"""A backup fetches file by file, through a proxy, on a machine that does much else."""
 
 
 class EveryProcessReplaced(Fault):
@@ -59,7 +61,12 @@ class BackedUp(Fault):
 
     def _do(self, environment: dict[str, str], *words: str) -> None:
         command = [sys.executable, "-m", "cli.main", *words]
-        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise NotNoticed(f"{words[0]} has not ended after {COMMAND_SECONDS:.0f} s") from error
         if done.returncode != 0:
             raise NotNoticed(f"{words[0]} ended with {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
 
