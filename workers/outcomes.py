@@ -49,8 +49,8 @@ def write_reports(session: Session, job: Job, reports: Reports, *, lease_seconds
 
 def record_success(session: Session, job: Job, made: dict[str, Any], files: Stored, log: Stored) -> Job | None:
     """Finish the job and register what it made; None when fenced."""
-    done = jobs.succeed(session, job.id, token=job.token, result=_summary(job, made))
-    if done is None:
+    held = jobs.hold(session, job.id, token=job.token)
+    if held is None:
         return None
     name_files(session, job.id, log)
     forget_files(session, job.id, prefix=PREFIX)
@@ -62,14 +62,15 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
             manifest = made["parts"][part]["manifest"] | files[f"{part}.parquet"]
             finish_version(session, target["version_id"], manifest=manifest, report=made["parts"][part]["report"])
     elif job.kind in ("train", "import"):
-        register_generation(session, done, made | {"files": files})
-        _tell_iteration(session, done)
+        register_generation(session, held, made | {"files": files})
+        _tell_iteration(session, held)
     elif job.kind == "select":
         assert job.pseudo_label_set_id is not None
         finish_set(session, job.pseudo_label_set_id, files=files, report=made["report"])
     else:
         name_files(session, job.id, files)
-    return done
+    # Last: its event takes a number of the run, and from then to the commit every other job of the run waits.
+    return jobs.succeed(session, job.id, token=job.token, result=_summary(job, made))
 
 
 def _summary(job: Job, made: dict[str, Any]) -> dict[str, Any]:
