@@ -54,6 +54,8 @@ class Shared:
     directory: Path
     stored: dict[str, Any]
     """{digest, num_bytes} of the one tiny file that stands for all files."""
+    begin: Event = field(default_factory=SPAWN.Event)
+    """Everybody is there: the workers begin."""
     stop: Event = field(default_factory=SPAWN.Event)
     pause: Event = field(default_factory=SPAWN.Event)
     done: Any = field(default_factory=lambda: SPAWN.Value("i", 0))
