@@ -1,7 +1,8 @@
 """A pool of 300 M images as 30 000 shards, and 200 simulated workers that are slow, die and repeat themselves.
 
 By hand: `make simulate`. Controller, relay, sweep, claims, reports, API, PostgreSQL and Redis are the service's own; only what a network
-would compute is pretended. SEED, SHARDS and WORKERS choose; a tenth of the shards is simulated first, and growth is seen between the two.
+would compute is pretended. SEED, SHARDS, WORKERS and WORK_SECONDS (of a usual shard) choose. A tenth of the shards is simulated first:
+growth is seen between the two.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench.measurement import RESULTS, Measurement, busy_elsewhere
 from bench.simulation.oracle import NEVER, find_faults
-from bench.simulation.plan import Notes, Plan
+from bench.simulation.plan import WORK_SECONDS, Notes, Plan
 from bench.simulation.plots import draw
 from bench.simulation.readers import Reader
 from bench.simulation.scene import Scene, setting, working
@@ -28,10 +29,11 @@ _SAMPLE_SECONDS = 0.5
 def measure() -> Measurement:
     """The tenth first, then all; RuntimeError when anything was lost, doubled or broken."""
     seed, shards, workers = (int(os.environ.get(name) or usual) for name, usual in (("SEED", 0), ("SHARDS", 30_000), ("WORKERS", 200)))
-    found = Measurement(name="simulate", details={"seed": seed, "shards": shards, "workers": workers})
+    work = float(os.environ.get("WORK_SECONDS") or WORK_SECONDS)
+    found = Measurement(name="simulate", details={"seed": seed, "shards": shards, "workers": workers, "work_seconds": work})
     stories = []
     for number in (max(1, shards // 10), shards):
-        story = simulate(Plan(seed=seed, shards=number, workers=workers))
+        story = simulate(Plan(seed=seed, shards=number, workers=workers, work_seconds=work))
         stories.append(story)
         print(f"{number} shards: {story.labeling()[1] - story.labeling()[0]:.0f} s, faults: {story.faults or 'none'}", flush=True)
         if story.faults:

@@ -60,8 +60,8 @@ def write_reports(session: Session, job: Job, reports: Reports, *, lease_seconds
 
 def record_success(session: Session, job: Job, made: dict[str, Any], files: Stored, log: Stored) -> Job | None:
     """Finish the job and register what it made; None when fenced."""
-    done = jobs.succeed(session, job.id, token=job.token, result=_summary(job, made))
-    if done is None:
+    held = jobs.hold(session, job.id, token=job.token)
+    if held is None:
         return None
     name_files(session, job.id, log)
     forget_files(session, job.id, prefix=PREFIX)
@@ -76,8 +76,8 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
             manifest = made["parts"][part]["manifest"] | files[f"{part}.parquet"]
             finish_version(session, target["version_id"], manifest=manifest, report=made["parts"][part]["report"], shards=shards)
     elif job.kind in ("train", "import"):
-        register_generation(session, done, made | {"files": files})
-        _tell_iteration(session, done)
+        register_generation(session, held, made | {"files": files})
+        _tell_iteration(session, held)
     elif job.kind == "select":
         assert job.pseudo_label_set_id is not None
         finish_set(session, job.pseudo_label_set_id, files=files, report=made["report"])
@@ -85,7 +85,8 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
         name_files(session, job.id, files)
     if job.kind == "label":
         remember_shard(session, job.id, keys_of_result(session, job, made))
-    return done
+    # Last: its event takes a number of the run, and from then to the commit every other job of the run waits.
+    return jobs.succeed(session, job.id, token=job.token, result=_summary(job, made))
 
 
 def record_reuse(session: Session, job: Job, found: Found, shard: Labeled, files: Stored, *, lease_seconds: float) -> Job | None:

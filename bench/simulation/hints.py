@@ -30,7 +30,7 @@ class Hint:
     handed_on: int
 
     @classmethod
-    def read(cls, message: bytes) -> Hint:
+    def read(cls, message: bytes | str) -> Hint:
         """Celery's protocol 2: the body is [args, kwargs, …], in base64."""
         whole = json.loads(message)
         assert whole["headers"]["task"] == TASK_NAME, f"expected {TASK_NAME}, found {whole['headers']['task']}"

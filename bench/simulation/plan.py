@@ -17,6 +17,7 @@ from typing import Any
 from core.settings import Settings
 
 SHARD_SIZE = 10_000
+WORK_SECONDS = 7.0
 SPAWN = mp.get_context("spawn")
 
 
@@ -28,7 +29,7 @@ class Plan:
     shards: int = 30_000
     workers: int = 200
     processes: int = 6
-    work_seconds: float = 3.5
+    work_seconds: float = WORK_SECONDS
     """Pretended work of a usual shard."""
     report_seconds: float = 5.0
     """How often pretended work says how far it is. Real work may do so every second; two cores are not enough for 200 that do."""
@@ -53,6 +54,8 @@ class Shared:
     directory: Path
     stored: dict[str, Any]
     """{digest, num_bytes} of the one tiny file that stands for all files."""
+    begin: Event = field(default_factory=SPAWN.Event)
+    """Everybody is there: the workers begin."""
     stop: Event = field(default_factory=SPAWN.Event)
     pause: Event = field(default_factory=SPAWN.Event)
     done: Any = field(default_factory=lambda: SPAWN.Value("i", 0))

@@ -28,7 +28,7 @@ def draw(stories: list[Story], directory: Path) -> list[Path]:
 
 
 def _figure(columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.2 * columns, 3.6), layout="constrained")
+    figure = Figure(figsize=(1.0 + 5.2 * columns, 3.6), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.set_xlabel("shards labeled, % of all")
@@ -61,10 +61,14 @@ def _passes(stories: list[Story]) -> Figure:
             x, y = _points(story, times)
             step = max(1, len(x) // _MOST_POINTS)
             axis.plot(x[::step], y[::step], ".", color=f"C{number}", markersize=2, alpha=0.35, rasterized=True)
-            axis.plot(*_line(x, y, 50), color=f"C{number}", label=f"{story.plan.shards:,} shards, median".replace(",", " "))
+            axis.plot(*_line(x, y, 50), color=f"C{number}", label=f"{_size(story)}, median")
     left.axhline(1000, color="black", linestyle=":", label="most that a pass may take")
-    left.legend(loc="upper left", fontsize="small")
+    left.legend(loc="best", fontsize="small")
     return figure
+
+
+def _size(story: Story) -> str:
+    return f"{story.plan.shards:,} shards".replace(",", " ")
 
 
 def _writes(stories: list[Story]) -> Figure:
@@ -72,9 +76,9 @@ def _writes(stories: list[Story]) -> Figure:
     axis.set_title("What workers ask of the database, medians")
     for number, name in enumerate(WORK):
         for story, style in zip(reversed(stories), ("-", "--", ":"), strict=False):
-            label = f"{name}, {story.plan.shards:,} shards".replace(",", " ").replace("  ", ", ", 1)
+            label = f"{name}, {_size(story)}"
             axis.plot(*_line(*_points(story, story.times(name)), 50), style, color=f"C{number}", label=label)
-    axis.legend(fontsize="x-small", ncols=2)
+    axis.legend(fontsize="x-small", bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
 
 
@@ -88,8 +92,9 @@ def _reads(story: Story) -> Figure:
     for share, style in ((50, "-"), (99, "--")):
         left.plot(*_line(x, y, share), style, color="C0", label="median" if share == 50 else "99th percentile")
     left.axhline(50, color="black", linestyle=":", label="most that the 99th percentile may be")
-    left.axvline(100 * float(story.share([story.calm[0]])[0]), color="C2", alpha=0.6, label="here the workers paused")
-    left.legend(loc="upper left", fontsize="small")
+    if story.calm[0]:
+        left.axvline(100 * float(story.share([story.calm[0]])[0]), color="C2", alpha=0.6, label="here the workers paused")
+    left.legend(loc="best", fontsize="small")
     right.set_title("Medians by what is read")
     busiest = sorted({name for name, _, _ in story.reads.times})
     for number, name in enumerate(busiest):
@@ -97,5 +102,5 @@ def _reads(story: Story) -> Figure:
         if len(of_path) > 1:
             style = "-" if number < 10 else "--"
             right.plot(*_line(*_points(story, of_path), 50), style, color=f"C{number % 10}", label=name, linewidth=1)
-    right.legend(fontsize="x-small", ncols=2)
+    right.legend(fontsize="x-small", bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure

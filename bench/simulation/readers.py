@@ -32,10 +32,11 @@ class Reader(threading.Thread):
                     try:
                         with self.notes.timed(name):
                             status = client.get(path).status_code
+                        found = "" if status == httpx.codes.OK else str(status)
                     except httpx.HTTPError as error:
-                        status = repr(error)
-                    if status != httpx.codes.OK:
-                        self.notes.errors.append(f"{path} answered {status}")
+                        found = repr(error)
+                    if found:
+                        self.notes.errors.append(f"{path} answered {found}")
                     if self.stop.wait(self._scene.shared.plan.read_pause_seconds):
                         return
 

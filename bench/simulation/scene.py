@@ -123,8 +123,10 @@ def working(scene: Scene, notes: Notes) -> Iterator[None]:
         for number, process in enumerate(processes, start=1):
             process.start()
             _wait_for(process, shared, number)
+        shared.begin.set()
         yield
     finally:
+        shared.begin.set()
         shared.stop.set()
         for process in processes:
             _end(process)

@@ -17,6 +17,8 @@ WORK = ("claim", "report", "end", "follow")
 """What workers ask of the database."""
 PARTS = ("lose jobs", "move jobs", "hint again", "relay", "sweep")
 """Of housekeeping's turn; the rest of it is the controller's."""
+FEWEST = 10
+"""A median of fewer tells nothing of growth."""
 
 
 @dataclass(slots=True)
@@ -134,5 +136,7 @@ def growth(small: Story, large: Story) -> dict[str, float]:
     found = {}
     for name in ("controller in a turn", "relay", "lose jobs", *WORK):
         one, other = (story.controller() if name == "controller in a turn" else story.times(name) for story in (small, large))
-        found[name] = middle(large.during(other, 0.9, 1.0)) / middle(small.during(one))
+        last, before = large.during(other, 0.9, 1.0), small.during(one)
+        if min(len(last), len(before)) >= FEWEST:
+            found[name] = middle(last) / middle(before)
     return found

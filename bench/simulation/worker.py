@@ -97,6 +97,9 @@ class SimulatedWorker(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._shared.begin.wait()
+            # A fleet does not start within one moment.
+            self._shared.stop.wait(random.uniform(0, self._plan.work_seconds))
             self._begin_life()
             hint = None
             while not self._shared.stop.is_set():

@@ -167,6 +167,12 @@ def _update_held(session: Session, job_id: str, token: int, values: dict[str, An
     return session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
 
 
+def hold(session: Session, job_id: str, *, token: int) -> Job | None:
+    """Let nobody end or take the job before this transaction is over; None when fenced."""
+    query = sa.select(Job).where(Job.id == job_id, Job.token == token, Job.status == "running").with_for_update(of=Job)
+    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+
+
 def report(session: Session, job_id: str, *, token: int, items: Sequence[tuple[str, dict[str, Any]]]) -> bool:
     """Append what a running attempt says; False when fenced, and then nothing is written."""
     job = _update_held(session, job_id, token, {"lease_holder": Job.lease_holder})

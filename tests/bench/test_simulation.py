@@ -81,7 +81,7 @@ def test_a_hint_is_read_as_the_services_own_queue_writes_it(redis_url: str) -> N
 def story_of(shards: int, seconds_per_turn: float) -> Story:
     """A turn and a claim a second; each turn holds a relay of half a second."""
     notes = Notes()
-    for at in range(100):
+    for at in range(101):
         notes.times += [("turn", at, seconds_per_turn + 0.5), ("relay", at + 0.1, 0.5), ("claim", at, 0.01)]
     progress = [(float(at), at * shards // 100) for at in range(101)]
     return Story(Plan(shards=shards), notes, Notes(), progress, (0.0, 0.0))

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from core.db import jobs
 from core.db.files import name_files
 from core.db.session import Database, now
-from core.db.tables import OutboxMessage
+from core.db.tables import OutboxMessage, SingletonLease
+from core.db.workers import hold_singleton
 from core.queue import CeleryQueue, PollingOnly, Queue
 from core.storage import LocalStorage
 from tests.builders_services import free_port, wait_until
@@ -183,3 +184,14 @@ def test_nothing_is_written_while_there_is_nothing_to_do(sqlite_url: str, tmp_pa
     assert (wal.stat().st_size if wal.exists() else 0) == before
     assert time.monotonic() - started < 10
     database.close()
+
+
+def test_who_does_not_keep_house_looks_without_waiting_for_the_lease(database: Database, tmp_path: Path) -> None:
+    with database.transaction() as session:
+        hold_singleton(session, "housekeeping", holder="a", seconds=60)
+    other = keep(database, tmp_path, holder="b")
+
+    with database.transaction() as session:
+        session.execute(sa.select(SingletonLease).with_for_update())
+        # Would wait for that row, and end with an error, if it asked for the lease instead of reading.
+        assert other._hold() is False
