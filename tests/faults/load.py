@@ -205,6 +205,8 @@ class Load:
             "labeling": {"shard_size": SHARD_SIZE},
             "selection": {**RECIPE["selection"], "min_confidence": 0.0},  # type: ignore[dict-item]
             "runtime": RUNTIME,
+            # Labels that are taken over give a fault no labeling to fall into.
+            "reuse": self._chance.random() < 0.25,
         }
         return self.ask("set", f"{API}/pseudo-label-sets", body)
 
