@@ -6,8 +6,7 @@ A row lock on the run (or set) and the unique (run, iteration, step, part) make 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from core.db.runs import enqueue_training, last_iteration, list_iterations, list
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
 from core.errors import ServiceError
+from core.lifecycle import JOB_STATUSES, STEPS
 from core.logs import get_log
 from ml.config import Recipe
 from ml.errors import MlError
@@ -27,8 +27,9 @@ from ml.self_training import GenerationRecord, Stop, next_iteration
 from ml.validation import build
 
 Move = Literal["select", "train", "finish", "next", "fail"]
-Counts = dict[str, dict[str, int]]
-"""Step (of a run) or kind (of a set) → status → number of jobs."""
+Statuses = Mapping[str, Collection[str]]
+"""Step (of a run) or kind (of a set) → the statuses that its jobs have. Not how many: among 30 000 shards that end one by one,
+counting them each time would take longer than ending them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class Facts:
     phase: str
     control: bool = False
     set_status: str | None = None
-    jobs: Counts = field(default_factory=dict)
+    jobs: Statuses = field(default_factory=dict)
 
     def all_succeeded(self, step: str) -> bool:
         """There are jobs of this step, and each has succeeded."""
@@ -69,7 +70,7 @@ def decide(facts: Facts) -> Move | None:
     return "finish" if complete else None
 
 
-def decide_set(status: str, jobs: Counts) -> Move | None:
+def decide_set(status: str, jobs: Statuses) -> Move | None:
     """The next move of a pseudo-label set that belongs to no run."""
     if status not in ("labeling", "selecting"):
         return None
@@ -78,7 +79,7 @@ def decide_set(status: str, jobs: Counts) -> Move | None:
     return "select" if status == "labeling" and set(jobs.get("label", ())) == {"succeeded"} else None
 
 
-def has_trouble(jobs: Counts) -> bool:
+def has_trouble(jobs: Statuses) -> bool:
     """Whether some job has failed or was canceled for good."""
     return any({"failed", "canceled"} & set(statuses) for statuses in jobs.values())
 
@@ -150,27 +151,45 @@ def _move_on(database: Database, run_id: str) -> bool:
 
 
 def read_facts(session: Session, run_id: str) -> Facts:
-    """A handful of counts, however many shards there are."""
+    """A handful of rows, however many shards there are."""
     run = session.get_one(Run, run_id, populate_existing=True)
     iteration = last_iteration(session, run_id)
-    of_iteration = (Job.run_id == run_id, Job.iteration == iteration.number)
     set_id = iteration.pseudo_label_set_id
+    jobs = _single_jobs(session, run_id, iteration.number)
+    if set_id is not None and (of_shards := _statuses_of_shards(session, set_id)):
+        jobs["label"] = of_shards
     return Facts(
         run_status=run.status,
         number=iteration.number,
         phase=iteration.phase,
         control=bool(iteration.plan.get("control")),
         set_status=session.scalar(sa.select(PseudoLabelSet.status).where(PseudoLabelSet.id == set_id)) if set_id else None,
-        jobs=_count(session, Job.step, *of_iteration),
+        jobs=jobs,
     )
 
 
-def _count(session: Session, column: Any, *where: Any) -> Counts:
-    counts: Counts = defaultdict(dict)
-    query = sa.select(column, Job.status, sa.func.count()).where(*where).group_by(column, Job.status)
-    for word, status, number in session.execute(query):
-        counts[word or ""][status] = number
-    return dict(counts)
+def _single_jobs(session: Session, run_id: str, number: int) -> dict[str, set[str]]:
+    """By step, of the steps that are one job each.
+
+    One look a step: asked for several steps at once, PostgreSQL may read all jobs of the iteration and leave the shards out afterwards.
+    """
+    place = (Job.run_id == run_id, Job.iteration == number, Job.part == 0)
+    looks = {step: sa.select(Job.status).where(*place, Job.step == step).scalar_subquery() for step in STEPS if step != "label"}
+    found = session.execute(sa.select(*looks.values())).one()
+    return {step: {status} for step, status in zip(looks, found, strict=True) if status is not None}
+
+
+def _statuses_of_shards(session: Session, set_id: str) -> set[str]:
+    """Those that some labeling job of the set has: of each status one row is looked for, in the order of ix_jobs_set."""
+    first = {
+        status: sa.select(Job.status)
+        .where(Job.pseudo_label_set_id == set_id, Job.status == status, Job.kind == "label")
+        .order_by(Job.priority.desc(), Job.id)
+        .limit(1)
+        .scalar_subquery()
+        for status in JOB_STATUSES
+    }
+    return {status for status in session.execute(sa.select(*first.values())).one() if status is not None}
 
 
 def _select(session: Session, _run: Run, iteration: Iteration) -> None:
@@ -284,4 +303,8 @@ def _move_set_on(database: Database, set_id: str) -> bool:
 
 
 def _decide_set_row(session: Session, row: PseudoLabelSet) -> Move | None:
-    return decide_set(row.status, _count(session, Job.kind, Job.pseudo_label_set_id == row.id))
+    jobs = {"label": _statuses_of_shards(session, row.id)}
+    if row.status == "selecting":
+        in_trouble = (Job.pseudo_label_set_id == row.id, Job.status.in_(("failed", "canceled")), Job.kind == "select")
+        jobs["select"] = set(session.scalars(sa.select(Job.status).where(*in_trouble)))
+    return decide_set(row.status, jobs)

@@ -31,6 +31,8 @@ SINGLETON_SECONDS = 6.0
 ASK_SECONDS = 1.5
 """How often, on average, a worker that does not keep house looks whether it should: two hundred of them must not be a load."""
 RELAY_SECONDS = 0.15
+RELAY_TURN_SECONDS = 0.5
+"""The rest of 30 000 hints goes out in the next turns: lost jobs, iterations and this process's own lease must not wait for it."""
 HINT_AGAIN_SECONDS = 10.0
 DEVICE_UNSEEN_SECONDS = 120.0
 """A run whose device is open waits this long for the one that it was to have: as long as a worker may need to be started again."""
@@ -179,7 +181,8 @@ class Housekeeping:
                 get_log().warning("job.moved", job_id=job.id, run_id=job.run_id, capability=job.capability)
 
     def relay(self) -> None:
-        """Publish what the outbox holds; what the broker does not take stays. Publishing twice is harmless."""
+        """Publish what the outbox holds, for a turn; what the broker does not take stays. Publishing twice is harmless."""
+        end = time.monotonic() + RELAY_TURN_SECONDS
         while True:
             with self._database.reading() as session:
                 messages = [(row.id, row.job_id, row.queue) for row in list_unpublished(session, limit=_BATCH)]
@@ -194,7 +197,7 @@ class Housekeeping:
             if published:
                 with self._database.transaction() as session:
                     mark_published(session, published)
-            if len(published) < _BATCH:
+            if len(published) < _BATCH or time.monotonic() >= end:
                 return
 
     def hint_again(self) -> None:

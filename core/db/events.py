@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from core.db.tables import Event, Job, Run
+from core.db.tables import Event, Job, Json, Run, UtcDateTime
 
 _ROWS_ONLY = {"synchronize_session": False}
 """Otherwise each UPDATE looks through all objects of the session, and enqueueing ten times as many jobs takes a hundred times as long."""
@@ -49,22 +49,60 @@ def append_events(session: Session, job: Job, items: Sequence[tuple[str, dict[st
     session.execute(sa.insert(Event), rows)
 
 
-def append_first_events(session: Session, jobs: Sequence[Job], *, at: datetime) -> None:
+class FreshJob(Protocol):
+    """What the first event tells of a job, be it a row or what a caller asks for."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def run_id(self) -> str | None: ...
+    @property
+    def step(self) -> str | None: ...
+    @property
+    def part(self) -> int | None: ...
+
+
+def append_first_events(session: Session, jobs: Sequence[FreshJob], *, at: datetime) -> None:
     """The `queued` event of jobs that were inserted in this transaction with `num_events` 1: a few statements, however many jobs."""
+    rows = _first_events(session, jobs)
+    if not rows:
+        return
+    each = unfolded(session, rows)
+    values = {
+        "job_id": each["job_id"].as_string(),
+        "number": sa.literal(1),
+        "run_id": each["run_id"].as_string(),
+        "run_number": each["run_number"].as_integer(),
+        "attempt": sa.literal(0),
+        "kind": sa.literal("queued"),
+        "data": each["data"],
+        "at": sa.literal(at, UtcDateTime),
+    }
+    session.execute(sa.insert(Event).from_select(list(values), sa.select(*values.values())))
+
+
+def _first_events(session: Session, jobs: Sequence[FreshJob]) -> list[dict[str, Any]]:
+    """What differs between them; raises the runs' counters."""
     run_numbers: dict[str, int] = {}
     for run_id, number in Counter(job.run_id for job in jobs if job.run_id is not None).items():
         raised = sa.update(Run).where(Run.id == run_id).values(num_events=Run.num_events + number).returning(Run.num_events)
-        run_numbers[run_id] = session.execute(raised).scalar_one() - number
-    rows: list[dict[str, Any]] = []
+        run_numbers[run_id] = session.execute(raised, execution_options=_ROWS_ONLY).scalar_one() - number
+    rows = []
     for job in jobs:
         run_number = None
         if job.run_id is not None:
             run_numbers[job.run_id] = run_number = run_numbers[job.run_id] + 1
         data = {"kind": job.kind, "step": job.step, "part": job.part}
-        shared = {"run_id": job.run_id, "run_number": run_number, "attempt": 0, "kind": "queued", "data": data, "at": at}
-        rows.append({"job_id": job.id, "number": 1, **shared})
-    if rows:
-        session.execute(sa.insert(Event), rows)
+        rows.append({"job_id": job.id, "run_id": job.run_id, "run_number": run_number, "data": data})
+    return rows
+
+
+def unfolded(session: Session, rows: Sequence[dict[str, Any]]) -> Any:
+    """Each of these objects, as an expression that a query reads from: many rows in one parameter, on both databases."""
+    unfold = sa.func.json_each if session.get_bind().dialect.name == "sqlite" else sa.func.jsonb_array_elements
+    return unfold(sa.literal(rows, Json)).table_valued(sa.column("value", Json)).c.value
 
 
 def list_job_events(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:

@@ -14,12 +14,16 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.events import append_events, append_first_events
+from core.db.events import append_events, append_first_events, unfolded
 from core.db.session import now
-from core.db.tables import Iteration, Job, OutboxMessage, Run, Worker
+from core.db.tables import Iteration, Job, OutboxMessage, Run, UtcDateTime, Worker
 from core.errors import WrongState
 from core.ids import absent, new_id
 from core.version import PROTOCOL
+
+SLICE = 1000
+"""Jobs that one statement inserts. PostgreSQL ends a transaction that says nothing for ten seconds (session.py), and on a busy machine
+writing down 30 000 jobs takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,27 @@ def enqueue(session: Session, wanted: Sequence[NewJob]) -> list[Job]:
     if jobs:
         session.execute(sa.insert(OutboxMessage), [{"job_id": job.id, "queue": job.capability, "created_at": moment} for job in jobs])
     return jobs
+
+
+def enqueue_many(session: Session, wanted: Sequence[NewJob]) -> None:
+    """The same for thousands, without an object for each: a few statements a slice of them."""
+    names = tuple(NewJob.__dataclass_fields__)
+    for start in range(0, len(wanted), SLICE):
+        some, moment = wanted[start : start + SLICE], now(session)
+        each = unfolded(session, [{name: getattr(one, name) for name in names} for one in some])
+        columns = {name: _read_column(each, name, Job.__table__.columns[name].type) for name in names}
+        columns |= {"status": sa.literal("queued"), "num_events": sa.literal(1), "created_at": sa.literal(moment, UtcDateTime)}
+        session.execute(sa.insert(Job).from_select(list(columns), sa.select(*columns.values())))
+        append_first_events(session, some, at=moment)
+        each = unfolded(session, [{"id": one.id, "queue": one.capability} for one in some])
+        hints = sa.select(each["id"].as_string(), each["queue"].as_string(), sa.literal(moment, UtcDateTime))
+        session.execute(sa.insert(OutboxMessage).from_select(["job_id", "queue", "created_at"], hints))
+
+
+def _read_column(each: Any, name: str, kind: sa.types.TypeEngine[Any]) -> Any:
+    if isinstance(kind, sa.Integer):
+        return each[name].as_integer()
+    return each[name].as_string() if isinstance(kind, sa.Text) else each[name]
 
 
 def _hint(session: Session, job: Job, moment: datetime) -> None:

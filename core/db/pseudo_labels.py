@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from core import lifecycle
 from core.db.files import name_files
-from core.db.jobs import NewJob, enqueue, request_cancel
+from core.db.jobs import NewJob, enqueue, enqueue_many, request_cancel
 from core.db.session import now
 from core.db.tables import Job, PseudoLabelSet, StoredFile
 from core.errors import WrongState
@@ -34,7 +34,7 @@ def create_set(
     keep_keys_of_set_id: str | None = None,
     priority: int = 0,
     reuse: bool = True,
-) -> tuple[PseudoLabelSet, list[Job]]:
+) -> tuple[PseudoLabelSet, list[NewJob]]:
     """Insert the set and a labeling job for each shard (twice as many with a separate selection model).
 
     `reuse` off: every shard is labeled, also where the same labels were made before.
@@ -57,7 +57,9 @@ def create_set(
     )
     session.add(row)
     session.flush()
-    return row, enqueue(session, _labeling_jobs(row, runtime=runtime, capability=capability, reuse=reuse))
+    wanted = _labeling_jobs(row, runtime=runtime, capability=capability, reuse=reuse)
+    enqueue_many(session, wanted)
+    return row, wanted
 
 
 def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, reuse: bool) -> list[NewJob]:

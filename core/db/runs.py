@@ -148,7 +148,7 @@ def start_iteration(
     teacher_generation_id: str,
     unlabeled: DatasetVersion,
     keep_keys_of_set_id: str | None = None,
-) -> tuple[Iteration, list[Job]]:
+) -> tuple[Iteration, list[NewJob]]:
     """Insert the next iteration, its pseudo-label set and every labeling job. `plan`: student, control (bool), warnings."""
     number = last_iteration(session, run.id).number + 1
     recipe = run.recipe
