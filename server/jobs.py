@@ -117,6 +117,7 @@ def retry_job(job_id: str, services: ServicesDep, once: OnceDep) -> Response:
 
 def _retry(session: Session, job_id: str) -> Job:
     """Its iteration (or set) ends with any of its jobs, so all that came to nothing start again with it."""
+    _refuse_without_targets(session, rows.get_job(session, job_id))
     companions = _companions(session, rows.get_job(session, job_id))
     job = rows.retry(session, job_id)
     for companion_id in companions:
@@ -138,6 +139,16 @@ def _retry(session: Session, job_id: str) -> Job:
     failed = sa.update(DatasetVersion).where(DatasetVersion.job_id == job_id, DatasetVersion.status == "failed")
     session.execute(failed.values(status="pending"))
     return job
+
+
+def _refuse_without_targets(session: Session, job: Job) -> None:
+    """WrongState when a dataset version that the job was to fill has been deleted."""
+    if job.kind not in ("ingest", "split"):
+        return
+    wanted = {target["version_id"] for target in job.input.get("targets", {"all": job.input}).values()}
+    gone = wanted - set(session.scalars(sa.select(DatasetVersion.id).where(DatasetVersion.id.in_(wanted))))
+    if gone:
+        raise WrongState(f"job {job.id} was to make dataset version {', '.join(sorted(gone))}, which was deleted; read the source anew")
 
 
 def _companions(session: Session, job: Job) -> list[str]:

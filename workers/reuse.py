@@ -93,9 +93,11 @@ def asked_runtime(session: Session, job: Job) -> dict[str, Any]:
 def keys_of_result(session: Session, job: Job, made: dict[str, Any]) -> ShardKeys | None:
     """The keys of a shard that was just labeled; None for one that another attempt would not make alike.
 
-    Images that were not there, or not any more what the manifest says, may be back; half the micro-batch is a departure.
+    Images that were not there, or not any more what the manifest says, may be back; half the micro-batch is a departure. What an attempt
+    found in its folder may have been made on another host; what was taken over by its exact key was not.
     """
-    if made.get("num_changed") != 0 or made.get("halved") or made.get("runtime") is None:
+    found_there = made.get("skipped") and "reused_from" not in made
+    if found_there or made.get("num_changed") != 0 or made.get("halved") or made.get("runtime") is None:
         return None
     try:
         return shard_keys(session, job.input, runtime=made["runtime"], host=host_facts(made["runtime"]["device"]))

@@ -125,10 +125,10 @@ class Slot(threading.Thread):
         log.info("attempt.started", token=job.token)
         watch = None
         try:
-            ended = self._take_over(job)
-            request = None if ended is not None else self._prepare(job)
-            if ended is not None:
-                done = True
+            taken, ended = self._take_over(job)
+            request = None if taken else self._prepare(job)
+            if taken:
+                done = ended is not None
             elif request is None:
                 ended, done = self._give_back(job), False
             else:
@@ -293,20 +293,20 @@ class Slot(threading.Thread):
         """What the child is to be told; None when the job was taken away, canceled or must wait for another worker meanwhile."""
         return self._beside(job, lambda: self._supervisor.inputs.request(job), patient=False)
 
-    def _take_over(self, job: Job) -> Job | None:
-        """The job as succeeded with labels that were made before; None when it must be labeled, or is not this worker's any more."""
+    def _take_over(self, job: Job) -> tuple[bool, Job | None]:
+        """Finish the job with labels that were made before: (False, None) when it must be labeled, (True, None) when fenced."""
         found = self._supervisor.reuse.find(job) if self._settings.reuse_labels else None
         if found is None:
-            return None
+            return False, None
         storage, directory = self._supervisor.storage, self._supervisor.inputs.directory(job.id)
         if not found.is_same:
             self._beside(job, lambda: reuse.lay_out(storage, found, directory), patient=False)
-            return None
+            return False, None
         kept = self._beside(job, lambda: reuse.keep(storage, found), patient=False)
         if kept is None:
-            return None
+            return False, None
         lease = self._settings.lease_seconds
-        return self._settle(lambda session: outcomes.record_reuse(session, job, found, *kept, lease_seconds=lease))
+        return True, self._settle(lambda session: outcomes.record_reuse(session, job, found, *kept, lease_seconds=lease))
 
     def _give_back(self, job: Job) -> Job | None:
         return self._settle(lambda session: outcomes.record_interruption(session, job, {}, reason="worker.stopped"))

@@ -182,5 +182,6 @@ def list_shards(session: Session, version_id: str) -> dict[str, dict[str, Any]]:
 
 
 def fail_version(session: Session, version_id: str) -> None:
-    """Mark the version failed; its job holds the error."""
-    get_version(session, version_id).status = "failed"
+    """Mark the version failed; its job holds the error. Nothing happens to one that was deleted meanwhile."""
+    query = sa.update(DatasetVersion).where(DatasetVersion.id == version_id).values(status="failed")
+    session.execute(query, execution_options={"synchronize_session": "fetch"})

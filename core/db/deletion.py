@@ -39,7 +39,8 @@ def delete_run(session: Session, run_id: str) -> list[str]:
     _refuse_attempts(session, f"run {run_id}", Job.run_id == run_id)
     sets = sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id == run_id)
     generations = sa.select(Generation.id).where(Generation.run_id == run_id)
-    made = list(session.scalars(generations))
+    # Held, so that whoever begins to need one of them is seen, or finds nothing.
+    made = list(session.scalars(generations.order_by(Generation.id).with_for_update()))
     _refuse_referrers(f"run {run_id}", list_referrers_of(session, generations, outside_run=run_id))
     _forget_files(session, sets, generations)
     _delete(session, Iteration, Iteration.run_id == run_id)

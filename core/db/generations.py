@@ -104,7 +104,8 @@ def list_referrers_of(session: Session, generations: sa.Select[str], *, outside_
 
 def _runs_that_write(session: Session, ids: set[str], elsewhere: Callable[[Any], sa.ColumnElement[bool]]) -> set[str]:
     """Recipes and plans name generations too: as initial weights, and as the one that selects."""
-    open_run = Run.status.in_(("active", "paused"))
+    # A failed run may be retried, a completed one extended.
+    open_run = Run.status != "canceled"
     recipes = sa.select(Run.id, sa.cast(Run.recipe, sa.Text)).where(open_run, elsewhere(Run.id))
     plans = sa.select(Iteration.run_id, sa.cast(Iteration.plan, sa.Text)).join(Run, Run.id == Iteration.run_id)
     return _naming(session, recipes, ids) | _naming(session, plans.where(open_run, elsewhere(Run.id)), ids)
@@ -118,6 +119,8 @@ def _naming(session: Session, texts: sa.Select[str, str], ids: set[str]) -> set[
 def delete_generation(session: Session, generation_id: str) -> None:
     """Remove a generation that nothing refers to; StillReferenced lists what does."""
     generation = get_generation(session, generation_id)
+    # Who begins to need it holds it until that is committed, and is seen then.
+    session.execute(sa.select(Generation.id).where(Generation.id == generation_id).with_for_update())
     referrers = list_referrers(session, generation_id)
     if referrers:
         raise StillReferenced(f"generation {generation_id} is needed by {', '.join(referrers[:5])}", referrers=referrers)

@@ -159,8 +159,13 @@ def get_set(session: Session, set_id: str) -> PseudoLabelSet:
 
 
 def finish_set(session: Session, set_id: str, *, files: dict[str, dict[str, Any]], report: dict[str, Any]) -> None:
-    """Selection succeeded: the set can be read and trained on. `files`: selected.parquet, and items.parquet with every guess."""
-    row = get_set(session, set_id)
+    """Selection succeeded: the set can be read and trained on. `files`: selected.parquet, and items.parquet with every guess.
+
+    One that was canceled meanwhile stays so.
+    """
+    row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    if row.status == "canceled":
+        return
     row.status = "ready"
     row.report = report
     row.finished_at = now(session)
@@ -182,6 +187,7 @@ def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
         )
     if row.status != "canceled":
         row.status, row.finished_at = "canceled", now(session)
-    for job_id in jobs:
+    # The controller may have inserted the job that selects while this waited for the set.
+    for job_id in dict.fromkeys([*jobs, *session.scalars(still_open)]):
         request_cancel(session, job_id)
     return row

@@ -11,7 +11,7 @@ import pytest
 from core.db.tables import Generation, PseudoLabelSet, Run, StoredFile
 from core.settings import Settings
 from tests.builders_histories import Histories
-from tests.server.builders import Api, api_in_process
+from tests.server.builders import Api, add_job, api_in_process, fail, start_job
 from workers.garbage import collect
 
 
@@ -123,3 +123,15 @@ def test_what_was_removed_for_its_age_answers_410_and_how_to_make_it_again(api: 
     for again in (problem["details"]["make_again"], predicted["details"]["make_again"]):
         answer = api.client.request(again["method"], again["path"], json=again["body"])
         assert answer.status_code == 202, answer.text
+
+
+def test_a_split_one_of_whose_parts_was_deleted_is_not_tried_again(api: Api, histories: Histories) -> None:
+    kept = histories.add_version("kept", "labeled").id
+    targets = {"labeled": {"version_id": kept}, "test": {"version_id": "dsv_gone"}}
+    job = start_job(api.database, add_job(api.database, kind="split", input={"targets": targets}).id)
+    fail(api.database, job)
+
+    answer = api.client.post(f"/api/v1/jobs/{job.id}/retry")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+    assert "dsv_gone" in answer.json()["detail"]
