@@ -135,7 +135,7 @@ def report(context: typer.Context, *, name: Annotated[str, typer.Argument(help="
 
 @app.command("delete")
 def delete(context: typer.Context, *, name: Annotated[str, typer.Argument(help="A name, or NAME:NUMBER for one version.")]) -> None:
-    """Delete a dataset with all its versions, or one version, if nothing needs it. Images stay where they are."""
+    """Delete a dataset with all its versions, or one version, if nothing needs it. Images stay, but those that were packed go."""
     invocation = get_invocation(context)
     noun = "dataset-versions" if ":" in name or name.startswith("dsv_") else "datasets"
     invocation.client.delete(f"{API}/{noun}/{name}")

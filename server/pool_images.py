@@ -21,7 +21,7 @@ def read_pool_image(manifest: Path, key: str) -> tuple[bytes, str]:
     path = _path_below(root, row.get("container") or key, key)
     offset = row.get("offset")
     try:
-        data = read_bytes(Location(path, offset, None if offset is None else row["bytes"]))
+        data = read_bytes(Location(path, offset, *((None, None) if offset is None else (row["bytes"], row["digest"]))))
     except (BadImage, OSError) as error:
         raise Conflict(f"the image {key!r} cannot be read any more: {error}", key=key) from error
     if hashlib.sha256(data).hexdigest() != row["digest"]:

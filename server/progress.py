@@ -197,7 +197,7 @@ class ProgressHub:
         if number <= after:
             return []
         lines = [line for line in self._tails.get(watch.key, []) if line[0] > after]
-        is_whole = bool(lines) and lines[0][0] == after + 1 and lines[-1][0] >= number
+        is_whole = bool(lines) and lines[0][0] == after + 1 and lines[-1][0] == after + len(lines) >= number
         return lines if is_whole else None
 
     async def read(self, source: Source, row_id: str, after: int, *, limit: int = BATCH) -> EventPage:
@@ -300,6 +300,9 @@ def _list_news(session: Session, source: Source, after: Mapping[str, int]) -> It
 
 
 def _lengthen(tail: list[Line], lines: list[Line]) -> list[Line]:
-    """The latest lines, without those that are there already."""
+    """The latest lines without a hole, and without those that are there already."""
     last = tail[-1][0] if tail else 0
+    if lines and lines[0][0] > last + 1:
+        # More came between two looks than is kept: what stood before them says nothing of what is missing.
+        return lines[-TAIL:]
     return [*tail, *(line for line in lines if line[0] > last)][-TAIL:] if lines else tail

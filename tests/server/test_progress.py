@@ -206,6 +206,25 @@ def test_a_stream_that_is_told_too_much_at_once_reads_it_from_the_rows(api: Api)
     assert [number for number, _, _ in found] == [*range(1, 2 * progress.TAIL + 5), None]
 
 
+def test_a_tail_has_no_hole_after_more_came_than_it_keeps() -> None:
+    old = [(number, "") for number in range(6, 11)]
+
+    tail = progress._lengthen(old, [(101, ""), (102, "")])
+
+    assert [number for number, _ in tail] == [101, 102]
+    assert [number for number, _ in progress._lengthen(tail, [(102, ""), (103, "")])] == [101, 102, 103]
+
+
+def test_a_stream_is_not_told_lines_with_a_hole(api: Api) -> None:
+    hub = progress.ProgressHub(api.database)
+    watch = progress.Watch(progress.JOB_EVENTS, "job_x")
+    hub._marks[watch.key] = 102, "running"
+    hub._tails[watch.key] = [(number, "") for number in (*range(6, 11), 101, 102)]
+
+    assert hub.tell(watch, 5) is None
+    assert hub.tell(watch, 100) == [(101, ""), (102, "")]
+
+
 def test_more_streams_than_the_cap_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "MAX_WATCHES", 0)
 
