@@ -14,7 +14,7 @@ router = make_router("datasets")
 
 @router.delete("/datasets/{dataset_id}", summary="Delete a dataset", status_code=204, responses=problems(404, 409))
 def remove_dataset(dataset_id: str, services: ServicesDep) -> Response:
-    """With all its versions; by id or by name. Images stay, but those that were packed go. 409 with the referrers while something needs one."""
+    """With all its versions; by id or by name. Images stay, but those that were packed go. 409 with the referrers of what is needed."""
     with services.database.transaction() as session:
         delete_dataset(session, dataset_id)
     return Response(status_code=204)
