@@ -104,8 +104,8 @@ def list_referrers_of(session: Session, generations: sa.Select[str], *, outside_
 
 def _runs_that_write(session: Session, ids: set[str], elsewhere: Callable[[Any], sa.ColumnElement[bool]]) -> set[str]:
     """Recipes and plans name generations too: as initial weights, and as the one that selects."""
-    # A failed run may be retried, a completed one extended.
-    open_run = Run.status != "canceled"
+    # A failed run may be retried, and reads its recipe again then.
+    open_run = Run.status.in_(("active", "paused", "failed"))
     recipes = sa.select(Run.id, sa.cast(Run.recipe, sa.Text)).where(open_run, elsewhere(Run.id))
     plans = sa.select(Iteration.run_id, sa.cast(Iteration.plan, sa.Text)).join(Run, Run.id == Iteration.run_id)
     return _naming(session, recipes, ids) | _naming(session, plans.where(open_run, elsewhere(Run.id)), ids)
