@@ -128,7 +128,7 @@ def test_a_slow_attempt_keeps_its_lease(sqlite_url: str, tmp_path: Path) -> None
 def test_a_canceled_attempt_stops_and_its_job_is_canceled(database: Database, tmp_path: Path) -> None:
     job_id = add_ingest(database, write_folder(tmp_path))
 
-    with worker_inside(make_settings(tmp_path, database)):
+    with worker_inside(make_settings(tmp_path, database, lease_seconds=30, stall_seconds=60)):
         pid = frozen_child(database, job_id)
         with database.transaction() as session:
             jobs.request_cancel(session, job_id)
