@@ -26,7 +26,7 @@ from bench.service import Service, free_port, migrate
 from core.db import jobs
 from core.db.datasets import add_version, create_dataset, finish_version
 from core.db.generations import register_generation
-from core.db.pseudo_labels import create_set
+from core.db.pseudo_labels import create_set, write_next_jobs
 from core.db.runs import create_run, last_iteration
 from core.db.session import Database, now
 from core.db.tables import Event, Generation, Iteration, Job, Run
@@ -60,7 +60,8 @@ def measure() -> Measurement:
             filled = Filled.fill(filler)
             filler.close()
             database = Database(settings.resolved_database_url)
-            found.details["seconds to create the set of 30 000 shards"] = filled.seconds_of_set
+            found.details["seconds to write the set of 30 000 shards"] = sum(filled.slices)
+            found.details["longest transaction of it, s"] = max(filled.slices)
             _measure_inside(found, settings, database, filled)
             service.start("api", sys.executable, "-m", "server")
             try:
@@ -90,7 +91,7 @@ class Filled:
     job_id: str
     generation_id: str
     set_id: str
-    seconds_of_set: float
+    slices: list[float]
 
     @classmethod
     def fill(cls, database: Database) -> Filled:
@@ -134,7 +135,7 @@ class Filled:
             connection.execute(sa.text("VACUUM ANALYZE"))
         started = time.monotonic()
         with database.transaction() as session:
-            row, shards = create_set(
+            row = create_set(
                 session,
                 generation_id=generation.id,
                 unlabeled_version_id=unlabeled.id,
@@ -146,13 +147,18 @@ class Filled:
                 runtime={"device": "cpu"},
                 evaluation_version_ids=[],
             )
-        seconds = time.monotonic() - started
+        slices, is_missing = [time.monotonic() - started], True
+        while is_missing:
+            started = time.monotonic()
+            with database.transaction() as session:
+                is_missing = write_next_jobs(session, row.id)
+            slices.append(time.monotonic() - started)
         with database.transaction() as session:
-            half = [shard.id for shard in shards[: SHARDS // 2]]
+            half = sa.select(Job.id).where(Job.pseudo_label_set_id == row.id).order_by(Job.id).limit(SHARDS // 2)
             session.execute(sa.update(Job).where(Job.id.in_(half)).values(status="succeeded", finished_at=now(session)))
             # Statistics only: rows are as they lie in a service that works.
             session.execute(sa.text("ANALYZE"))
-        return cls(run.id, job.id, generation.id, row.id, seconds)
+        return cls(run.id, job.id, generation.id, row.id, slices)
 
 
 def _one_of_runs(number: str) -> str:

@@ -21,7 +21,7 @@ from bench.measurement import Measurement
 from bench.photographs import manifest_of, small_photographs
 from bench.service import Service, migrate
 from core.db.datasets import add_version, create_dataset, finish_version
-from core.db.pseudo_labels import create_set, enqueue_selection
+from core.db.pseudo_labels import create_set, enqueue_selection, write_next_jobs
 from core.db.session import Database, now
 from core.db.tables import Generation, Job, StoredFile
 from core.settings import Settings
@@ -134,7 +134,7 @@ def _insert_set(database: Database, count: int, kept: dict[str, Any]) -> str:
         session.add(Generation(**teacher))
         session.flush()
         recipe = to_dict(get_recipe("digits"))
-        row, jobs = create_set(
+        row = create_set(
             session,
             generation_id="gen_teacher",
             unlabeled_version_id=version.id,
@@ -146,7 +146,10 @@ def _insert_set(database: Database, count: int, kept: dict[str, Any]) -> str:
             runtime=recipe["runtime"],
             evaluation_version_ids=[],
         )
-        files = [{"owner_id": job.id, "name": "shard.parquet", "digest": kept["digest"], "num_bytes": kept["num_bytes"]} for job in jobs]
+        while write_next_jobs(session, row.id):
+            pass
+        jobs = session.scalars(sa.select(Job.id).where(Job.pseudo_label_set_id == row.id))
+        files = [{"owner_id": job_id, "name": "shard.parquet", "digest": kept["digest"], "num_bytes": kept["num_bytes"]} for job_id in jobs]
         session.execute(sa.insert(StoredFile), files)
         done = sa.update(Job).where(Job.pseudo_label_set_id == row.id).values(status="succeeded", finished_at=moment)
         session.execute(done.execution_options(synchronize_session=False))

@@ -72,6 +72,8 @@ class Backup:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Returns what backup.json says. The sweep removes no file meanwhile: what the rows name stays until it is copied."""
+        if folder.exists() and not folder.is_dir():
+            raise SetupError(f"{folder} is a file; a backup is a folder, new, empty or an older backup")
         before = read_description(folder) if folder.exists() and any(folder.iterdir()) else None
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = folder / f"rows-{datetime.now(UTC):%Y%m%dT%H%M%S%f}"

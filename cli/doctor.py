@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import httpx
 import sqlalchemy as sa
 import typer
 
@@ -28,6 +29,7 @@ from ml.cores import num_cores
 LEAST_MEMORY_GB = 2.0
 LEAST_DISK_GB = 5.0
 IMPORT_SECONDS = 120
+ANSWER_SECONDS = 5.0
 Verdict = Literal["ok", "note", "bad"]
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
@@ -138,11 +140,27 @@ def _data_directory(settings: Settings) -> Look:
     if not os.access(existing, os.W_OK | os.X_OK):
         yield Finding("data directory", "bad", f"{existing} is not writable")
         return
-    running = ", an `up` runs over it" if is_locked(settings.data_directory / "lock") else ""
-    yield Finding("data directory", "ok", f"{directory}{'' if directory.exists() else ' (not there yet)'}{running}")
+    yield Finding("data directory", "ok", f"{directory}{'' if directory.exists() else ' (not there yet)'}")
+    if is_locked(settings.data_directory / "lock"):
+        yield look_at_service(settings)
     free = shutil.disk_usage(existing).free / 1e9
     enough = free >= LEAST_DISK_GB
     yield Finding("disk", "ok" if enough else "bad", f"{free:.1f} GB free{'' if enough else f', {LEAST_DISK_GB:.0f} are recommended'}")
+
+
+def look_at_service(settings: Settings) -> Finding:
+    """An `up` that holds the data directory answers, too."""
+    service = read_service_file(settings.service_file)
+    url = service["url"] if service else local_url(settings)
+    try:
+        answer = httpx.get(f"{url}/livez", timeout=ANSWER_SECONDS, trust_env=False)
+    except httpx.HTTPError as error:
+        reason = (
+            f"does not answer within {ANSWER_SECONDS:.0f} s" if isinstance(error, httpx.TimeoutException) else f"is out of reach: {error}"
+        )
+        return Finding("service", "bad", f"an `up` runs over this data directory, but {url} {reason}")
+    verdict: Verdict = "ok" if answer.is_success else "bad"
+    return Finding("service", verdict, f"an `up` runs over this data directory; {url}/livez answers {answer.status_code}")
 
 
 def _database(settings: Settings) -> Look:

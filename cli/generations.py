@@ -30,7 +30,14 @@ def list_generations(
         invocation.output.result(found, "")
         return
     aliases = {one["generation_id"]: one["name"] for one in invocation.client.get(f"{API}/aliases")["items"]}
-    columns = {"generation": "id", "role": "role", "iteration": "iteration", "network": "architecture", "parameters": "num_parameters"}
+    columns = {
+        "generation": "id",
+        "run": "run_id",
+        "role": "role",
+        "iteration": "iteration",
+        "network": "architecture",
+        "parameters": "num_parameters",
+    }
     columns |= {"validation top-1 (95 %)": "validation", "test top-1 (95 %)": "test", "alias": "alias"}
     invocation.output.table([_row(one) | {"alias": aliases.get(one["id"])} for one in found], columns)
 

@@ -15,7 +15,24 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from cli import backup, datasets, demo, disk, doctor, generations, jobs, keys, predict, pseudo_labels, restore, runs, up, watch, workers
+from cli import (
+    backup,
+    datasets,
+    demo,
+    disk,
+    doctor,
+    generations,
+    jobs,
+    keys,
+    predict,
+    pseudo_labels,
+    recipes,
+    restore,
+    runs,
+    up,
+    watch,
+    workers,
+)
 from cli.client import ApiProblem, JobFailed, NotReachable
 from cli.invocation import DATA_DIRECTORY_VARIABLE, Invocation
 from cli.output import Output
@@ -59,6 +76,7 @@ def global_options(
 app.command("up")(up.up)
 app.command("migrate")(up.migrate)
 app.add_typer(datasets.app, name="datasets")
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.command("iterate")(runs.iterate)
 app.command("watch")(watch.watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ TITLES = {
     "train-student": "training the student",
     "train-control": "training the control",
 }
+SILENCE_SECONDS = 5.0
 ENDED = ("succeeded", "failed", "canceled")
 
 
@@ -170,11 +172,31 @@ def _measure(stage: Stage, part: Part, data: dict[str, Any]) -> None:
         stage.best = max(stage.best, stage.accuracy)
 
 
+class _WaitingLines:
+    """Says why a job waits, once it has waited for SILENCE_SECONDS, and again when the reason is another."""
+
+    def __init__(self, output: Output, doing: str) -> None:
+        self._output, self._doing = output, doing
+        self._speak_at, self._told = time.monotonic() + SILENCE_SECONDS, ""
+
+    def on_change(self, job: dict[str, Any]) -> None:
+        reason = (job.get("waiting_for") or "") if job["status"] == "queued" else ""
+        if reason and reason != self._told and time.monotonic() >= self._speak_at:
+            self._told = reason
+            self._output.say(f"{self._doing}: job {job['id']} waits for {reason}")
+
+
 @contextmanager
 def show_job_progress(output: Output, doing: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar for one job, for people at a terminal; yields what to call with the job whenever it was read."""
-    if output.as_json or not output.console.is_terminal:
+    """A bar for one job, for people at a terminal; yields what to call with the job whenever it was read.
+
+    Elsewhere, as in a log, a line says why the job waits, when it does so for a while.
+    """
+    if output.as_json:
         yield lambda _job: None
+        return
+    if not output.console.is_terminal:
+        yield _WaitingLines(output, doing).on_change
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -14,6 +14,7 @@ from cli.disk import show_run_use
 from cli.invocation import get_invocation
 from cli.watch import newest_run, report_run, watch_run
 from ml.errors import RecipeError
+from ml.recipes import PRESETS
 from ml.validation import load_json
 
 app = typer.Typer(no_args_is_help=True, help="Runs: start, list, show, pause, resume, cancel, extend, disk, delete.")
@@ -45,6 +46,8 @@ def start(
 ) -> int:
     """Start a run: a teacher from the labels, then iterations of pseudo-labels and students."""
     invocation = get_invocation(context)
+    if preset is None and recipe is None:
+        raise typer.BadParameter(f"name one of {', '.join(PRESETS)}, or give a --recipe", param_hint="--preset")
     body: dict[str, Any] = {
         "datasets": {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test},
         "preset": preset,
@@ -56,11 +59,30 @@ def start(
     if iterations is not None:
         body["iterations"] = parse_iterations(iterations)
     run = invocation.client.post(f"{API}/runs", body)
+    invocation.output.result(run, f"run {run['id']} started: {describe_plan(run)}")
     if follow and not invocation.output.as_json:
-        invocation.output.say(f"run {run['id']} started")
         return watch_run(invocation, run["id"])
-    invocation.output.result(run, f"run {run['id']} started; follow it with: noisy-student watch {run['id']}")
+    invocation.output.say(f"follow it with: noisy-student watch {run['id']}")
     return 0
+
+
+def describe_plan(run: dict[str, Any]) -> str:
+    """`32 px: test_resnet (3000 steps of 256), then 2 iterations with a student of …; device auto`: what a person is in for."""
+    recipe, iterations = run["recipe"], run["iterations_wanted"]
+    size = recipe["image"]["size"]
+    teacher = "an initial generation" if run["initial_generation_id"] else _describe_training(recipe["teacher"])
+    if iterations == 0:
+        return f"{size} px: {teacher}, and nothing more until `noisy-student iterate`"
+    student = recipe["students"][min(iterations, len(recipe["students"])) - 1]
+    plan = f"{iterations} iteration{'s' if iterations > 1 else ''} with a student of {_describe_training(student)}"
+    control = " and its control" if recipe["iterations"]["control"] else ""
+    return f"{size} px: {teacher}, then {plan}{control}; device {recipe['runtime']['device']}"
+
+
+def _describe_training(config: dict[str, Any]) -> str:
+    network, training = config["network"], config["training"]
+    length = f"{training['steps']} steps" if training["steps"] else f"{training['epochs']} epochs, batches"
+    return f"{network['architecture']} ({length} of {training['batch_size']} labeled images)"
 
 
 def parse_iterations(text: str) -> int | str:
@@ -180,7 +202,7 @@ def resume(context: typer.Context, *, run: RunId = None) -> None:
 
 
 @app.command("cancel")
-def cancel(context: typer.Context, *, run: RunId = None) -> None:
+def cancel(context: typer.Context, *, run: Annotated[str, typer.Argument(help="Its id.")]) -> None:
     """Stop a run for good; what it made stays."""
     _move(context, run, "cancel", "is canceled; its generations stay")
 

@@ -8,10 +8,10 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
-from core.db.datasets import find_version
+from core.db.datasets import find_version, hold_version
 from core.db.deletion import delete_prediction
 from core.db.files import list_files
-from core.db.generations import get_generation
+from core.db.generations import get_generation, hold_generation
 from core.db.jobs import NewJob, enqueue, get_job
 from core.db.promotions import get_alias
 from core.errors import Expired, InvalidRequest, NotFound, NotReady
@@ -80,13 +80,12 @@ def start_batch_prediction(body: BatchRequest, services: ServicesDep, once: Once
     with services.database.transaction() as session:
 
         def start() -> Answer:
+            generation_id, version_id = _find_generation(session, body), _find_ready(session, body.dataset)
+            hold_generation(session, generation_id)
+            hold_version(session, version_id)
             wanted = NewJob(
                 kind="predict",
-                input={
-                    "generation_id": _find_generation(session, body),
-                    "version_id": _find_ready(session, body.dataset),
-                    "runtime": to_dict(runtime),
-                },
+                input={"generation_id": generation_id, "version_id": version_id, "runtime": to_dict(runtime)},
                 capability="cuda" if runtime.device == "cuda" else "cpu",
                 max_attempts=services.settings.max_attempts,
             )

@@ -117,7 +117,7 @@ def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetV
     if body.teacher is not None:
         find_labeler(session, body.teacher, labeled, pointer="/teacher")
     _check_fits(session, run, plan, pool, roots)
-    iteration, _ = start_iteration(
+    iteration = start_iteration(
         session,
         run,
         plan=plan.to_dict(),

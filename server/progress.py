@@ -1,8 +1,9 @@
 """Live progress as server-sent events, read from the event rows: any replica can go on where another stopped.
 
 One poller a process asks the database for the counters of everything that is watched, in one query, and for what is new, in another;
-all streams are served from that. A stream reads rows by itself only where it begins, or when it fell behind. Numbers are given out under
-a row lock, so `number > the last one sent` leaves no gap and repeats nothing.
+all streams are served from that. A stream reads rows by itself only where it begins, or when it fell behind. A job's numbers are given out
+under a row lock, and a run's by whoever reads them here, to what is committed; so `number > the last one sent` leaves no gap and repeats
+nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from core.db.events import list_job_events, list_run_events
-from core.db.session import Database
+from core.db.events import list_job_events, list_run_events, order_events
+from core.db.session import AWAY, Database
 from core.db.tables import Event, Job, Run
 from core.errors import InvalidRequest, Overloaded
 from core.ids import absent
-from core.lifecycle import JOB_TERMINAL
+from core.lifecycle import JOB_TERMINAL, RUN_ENDED
+from core.logs import get_log
 
 POLL_SECONDS = 0.25
 KEEP_ALIVE_SECONDS = 15.0
@@ -76,7 +78,7 @@ class Source:
 
 
 JOB_EVENTS = Source("job", Job, list_job_events, lambda event: event.number, JOB_TERMINAL)
-RUN_EVENTS = Source("run", Run, list_run_events, lambda event: event.run_number, ("completed", "failed", "canceled"))
+RUN_EVENTS = Source("run", Run, list_run_events, lambda event: event.run_number, RUN_ENDED)
 
 
 Key = tuple[str, str]
@@ -171,10 +173,11 @@ class ProgressHub:
         """The counters of all that is watched, and the events that raised them since the last look."""
         marks: dict[Key, tuple[int, str]] = {}
         news: dict[Key, list[Line]] = {}
+        watched = [(source, self._list_watched(source)) for source in (JOB_EVENTS, RUN_EVENTS)]
+        _try_to_order(self.database, *watched[1])
         with self.database.reading() as session:
-            for source in (JOB_EVENTS, RUN_EVENTS):
+            for source, ids in watched:
                 table = source.table
-                ids = sorted({watch.row_id for watch in tuple(self._watches) if watch.source is source})
                 moved: dict[str, int] = {}
                 for start in range(0, len(ids), 500):
                     query = sa.select(table.id, table.num_events, table.status).where(table.id.in_(ids[start : start + 500]))
@@ -188,6 +191,9 @@ class ProgressHub:
                     item = _show(event, source)
                     news.setdefault((source.noun, row_id), []).append((item.number, _format(item)))
         return marks, news
+
+    def _list_watched(self, source: Source) -> list[str]:
+        return sorted({watch.row_id for watch in tuple(self._watches) if watch.source is source})
 
     def tell(self, watch: Watch, after: int) -> list[Line] | None:
         """What the row has above `after` as far as the poller has seen; None when only rows can tell."""
@@ -217,7 +223,10 @@ class ProgressHub:
 
 
 def read_events(session: Session, source: Source, row_id: str, *, after: int, limit: int) -> EventPage:
-    """The events above `after`. The status is read first: whoever sees a final one sees every event before it."""
+    """The events above `after`. The status is read first: whoever sees a final one sees every event before it.
+
+    A run's are numbered when it ends, so this holds for those, too.
+    """
     table = source.table
     status = session.scalar(sa.select(table.status).where(table.id == row_id))
     if status is None:
@@ -255,8 +264,19 @@ def _last_event_id(request: Request) -> int:
 
 
 def _read(database: Database, source: Source, row_id: str, after: int, limit: int) -> EventPage:
+    _try_to_order(database, source, [row_id])
     with database.reading() as session:
         return read_events(session, source, row_id, after=after, limit=limit)
+
+
+def _try_to_order(database: Database, source: Source, row_ids: list[str]) -> None:
+    """A run's new events get their numbers now. Where nothing can be written, as on a full disk, those that have theirs are still read."""
+    if source is not RUN_EVENTS:
+        return
+    try:
+        order_events(database, row_ids)
+    except AWAY as error:
+        get_log().warning("events.not_ordered", error=str(error).splitlines()[0])
 
 
 async def _stream(hub: ProgressHub, source: Source, row_id: str, after: int) -> AsyncIterator[str]:

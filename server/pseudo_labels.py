@@ -186,7 +186,7 @@ def create_pseudo_label_set(body: SetRequest, services: ServicesDep, once: OnceD
                     raise InvalidRequest(
                         "the selection model guesses other classes than the generation", pointer="/labeling/selection_model"
                     )
-            row, _ = create_set(
+            row = create_set(
                 session,
                 generation_id=generation.id,
                 unlabeled_version_id=pool.id,

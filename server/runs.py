@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from core import lifecycle
+from core.db.cancellation import lock_open_jobs, request_cancel_all
 from core.db.deletion import delete_run
-from core.db.jobs import request_cancel
-from core.db.runs import create_run, get_run, last_iteration, list_iterations, list_open_jobs, move_run
+from core.db.runs import create_run, get_run, last_iteration, list_iterations, move_run
 from core.db.session import now
-from core.db.tables import Alias, Generation, Iteration, PseudoLabelSet, Run
+from core.db.tables import Alias, Generation, Iteration, Job, PseudoLabelSet, Run
 from core.errors import InvalidRequest, WrongState
 from ml.config import Recipe
 from ml.errors import RecipeError
@@ -217,11 +217,12 @@ def resume_run(run_id: str, services: ServicesDep) -> RunView:
 def cancel_run(run_id: str, services: ServicesDep) -> RunView:
     """Its waiting jobs are canceled at once, the running ones at their next heartbeat. What was made stays. Twice changes nothing."""
     with services.database.transaction() as session:
-        # A worker's reports lock their job and then its run. Who locks them the other way round waits for a worker that waits for him.
-        list_open_jobs(session, run_id, locked=True)
+        # Jobs before their run, as everybody who writes both.
+        lock_open_jobs(session, Job.run_id == run_id)
+        _locked(session, run_id)
+        # Those, too, that the controller inserted while this waited for the run.
+        request_cancel_all(session, Job.run_id == run_id)
         run = move_run(session, run_id, "canceled")
-        for job in list_open_jobs(session, run_id):
-            request_cancel(session, job.id)
         moment = now(session)
         unfinished = sa.update(Iteration).where(Iteration.run_id == run_id, Iteration.phase.not_in(lifecycle.PHASE_TERMINAL))
         session.execute(unfinished.values(phase="canceled", finished_at=moment))

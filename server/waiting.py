@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db.jobs import can_start
+from core.db.pseudo_labels import HELD_UNTIL
 from core.db.session import now
 from core.db.tables import Job, Run, Worker
 from core.settings import Settings
@@ -20,7 +21,9 @@ SILENT_SECONDS = 60.0
 LOOK_AHEAD = 1000
 """Jobs that are counted before a waiting one; who has more before it is told just that."""
 
-Code = Literal["run_not_active", "pause_after_failure", "no_worker", "workers_drain", "protocol_too_new", "slots_busy", "starting"]
+Code = Literal[
+    "run_not_active", "set_unwritten", "pause_after_failure", "no_worker", "workers_drain", "protocol_too_new", "slots_busy", "starting"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Fleet:
         if wait.run_status != "active":
             return Reason("run_not_active", f"its run is {wait.run_status}")
         if wait.pause_until is not None and wait.pause_until > self.moment:
+            if wait.pause_until >= HELD_UNTIL:
+                return Reason("set_unwritten", "the other labeling jobs of its set, which are being written down")
             seconds, until = (wait.pause_until - self.moment).total_seconds(), wait.pause_until.astimezone(UTC)
             message = f"a pause of {seconds:.0f} more seconds after a failed attempt, until {until:%Y-%m-%dT%H:%M:%SZ}"
             return Reason("pause_after_failure", message)

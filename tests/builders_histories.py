@@ -89,7 +89,7 @@ class Histories:
         """A pseudo-label set of its own, whose labeling waits."""
         recipe = to_dict(build_recipe("digits", {"labeling": LABELING}))
         with self.database.transaction() as session:
-            row, _ = create_set(
+            row = create_set(
                 session,
                 generation_id=generation_id,
                 unlabeled_version_id=version_id,

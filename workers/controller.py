@@ -6,6 +6,7 @@ A row lock on the run (or set) and the unique (run, iteration, step, part) make 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
-from core.db.pseudo_labels import enqueue_selection
+from core.db.events import order_events
+from core.db.pseudo_labels import enqueue_selection, list_unwritten_sets, write_next_jobs
 from core.db.runs import enqueue_training, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
@@ -26,6 +28,8 @@ from ml.errors import MlError
 from ml.self_training import GenerationRecord, Stop, next_iteration
 from ml.validation import build
 
+WRITING_SECONDS = 0.5
+"""The rest of 30 000 labeling jobs is written in the next turns, while the first ones are worked on."""
 Move = Literal["select", "train", "finish", "next", "fail"]
 Statuses = Mapping[str, Collection[str]]
 """Step (of a run) or kind (of a set) → the statuses that its jobs have. Not how many: among 30 000 shards that end one by one,
@@ -85,12 +89,14 @@ def has_trouble(jobs: Statuses) -> bool:
 
 
 def advance_all(database: Database) -> None:
-    """Move on whatever can be: active runs, sets of their own, dataset versions whose job came to nothing."""
+    """Move on whatever can be: sets whose jobs are not all written, active runs, sets of their own, versions whose job came to nothing."""
+    write_jobs(database)
     open_sets = PseudoLabelSet.status.in_(("labeling", "selecting"))
     with database.reading() as session:
         runs = list(session.scalars(sa.select(Run.id).where(Run.status == "active")))
         sets = list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id.is_(None), open_sets)))
         versions = list(session.scalars(_versions_without_hope()))
+    order_events(database, runs)
     for advance, ids in ((advance_run, runs), (advance_set, sets)):
         for identity in ids:
             _advance_alone(advance, database, identity)
@@ -98,6 +104,18 @@ def advance_all(database: Database) -> None:
         with database.transaction() as session:
             query = sa.update(DatasetVersion).where(DatasetVersion.id.in_(_versions_without_hope().scalar_subquery()))
             session.execute(query.values(status="failed").execution_options(synchronize_session=False))
+
+
+def write_jobs(database: Database) -> None:
+    """Write down labeling jobs of sets that lack some, for a turn, a slice of each set after the other."""
+    end = time.monotonic() + WRITING_SECONDS
+    with database.reading() as session:
+        unwritten = list_unwritten_sets(session)
+    while unwritten and time.monotonic() < end:
+        for set_id in tuple(unwritten):
+            with database.transaction() as session:
+                if not write_next_jobs(session, set_id):
+                    unwritten.remove(set_id)
 
 
 def _advance_alone(advance: Callable[[Database, str], bool], database: Database, identity: str) -> None:

@@ -54,11 +54,11 @@ def forget_expired(database: Database, settings: Settings, *, dry_run: bool = Fa
     taken: dict[str, Expired] = {}
     while True:
         with database.transaction() as session:
-            bite = expire(session, settings)
+            bite, is_more = expire(session, settings)
         for one in bite:
             get_log().info("retention.expired", what=one.what, num=one.num, freed_bytes=one.freed_bytes, days=one.days)
             taken[one.what] = one.plus(taken.get(one.what))
-        if not at_once or not bite:
+        if not (at_once and is_more):
             return list(taken.values())
 
 

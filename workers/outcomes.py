@@ -85,7 +85,6 @@ def record_success(session: Session, job: Job, made: dict[str, Any], files: Stor
         name_files(session, job.id, files)
     if job.kind == "label":
         remember_shard(session, job.id, keys_of_result(session, job, made))
-    # Last: its event takes a number of the run, and from then to the commit every other job of the run waits.
     return jobs.succeed(session, job.id, token=job.token, result=_summary(job, made))
 
 

@@ -115,6 +115,13 @@ def get_version(session: Session, version_id: str) -> DatasetVersion:
     return version
 
 
+def hold_version(session: Session, version_id: str) -> None:
+    """Keep a version from being deleted until the transaction ends that begins to need it; NotFound when it is gone."""
+    held = sa.select(DatasetVersion.id).where(DatasetVersion.id == version_id).with_for_update(read=True, key_share=True)
+    if session.scalar(held) is None:
+        raise absent("dataset version", version_id)
+
+
 def source_of(session: Session, version_id: str) -> dict[str, Any]:
     """From what the version's images were read, also when it was cut from another one."""
     source = get_version(session, version_id).source

@@ -119,6 +119,7 @@ def _names_any(column: Any, ids: list[str]) -> sa.ColumnElement[bool]:
 
 
 def _delete_versions(session: Session, what: str, which: sa.ColumnElement[bool]) -> None:
+    _hold_jobs(session, Job.id.in_(sa.select(DatasetVersion.job_id).where(which)))
     # Held, so that no run begins with it meanwhile: its foreign key waits for this transaction, and then finds nothing.
     locked = session.scalars(sa.select(DatasetVersion).where(which).order_by(DatasetVersion.id).with_for_update())
     readers = {version.job_id for version in locked if version.job_id is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,12 @@ def hold_generation(session: Session, generation_id: str) -> None:
     held = sa.select(Generation.id).where(Generation.id == generation_id).with_for_update(read=True, key_share=True)
     if session.scalar(held) is None:
         raise absent("generation", generation_id)
+
+
+def hold_named_generations(session: Session, config: dict[str, Any]) -> None:
+    """The same for every generation that a recipe or a plan names as initial weights or as the one that selects."""
+    for generation_id in sorted(set(_ID.findall(json.dumps(config)))):
+        hold_generation(session, generation_id)
 
 
 def list_referrers(session: Session, generation_id: str) -> list[str]:

@@ -1,19 +1,30 @@
-"""Pseudo-label sets: one labeling job a shard, then one selection job."""
+"""Pseudo-label sets: one labeling job a shard, then one selection job.
+
+A set of many shards is written down a slice at a time, in transactions that nobody waits long for. Its last labeling job is written
+first and held until all others are there: so nobody, not even an older version, takes the shards that are written for all shards.
+"""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
+from core.db.cancellation import lock_open_jobs, request_cancel_all
+from core.db.datasets import hold_version
 from core.db.files import name_files
-from core.db.jobs import NewJob, enqueue, enqueue_many, request_cancel
+from core.db.generations import hold_generation
+from core.db.jobs import SLICE, NewJob, enqueue, enqueue_many
 from core.db.session import now
 from core.db.tables import Job, PseudoLabelSet, StoredFile
 from core.errors import WrongState
 from core.ids import absent, new_id
+
+HELD_UNTIL = datetime(9000, 1, 1, tzinfo=UTC)
+"""`not_before` of a labeling job that waits for the others of its set to be written."""
 
 
 def create_set(
@@ -34,11 +45,16 @@ def create_set(
     keep_keys_of_set_id: str | None = None,
     priority: int = 0,
     reuse: bool = True,
-) -> tuple[PseudoLabelSet, list[NewJob]]:
+) -> PseudoLabelSet:
     """Insert the set and a labeling job for each shard (twice as many with a separate selection model).
 
-    `reuse` off: every shard is labeled, also where the same labels were made before.
+    Of more than a slice, the first ones and the last; `write_next_jobs` adds the rest. `reuse` off: every shard is labeled, also where
+    the same labels were made before.
     """
+    for version_id in sorted(evaluation_version_ids):
+        hold_version(session, version_id)
+    if selection_generation_id is not None:
+        hold_generation(session, selection_generation_id)
     row = PseudoLabelSet(
         id=new_id("pseudo_label_set"),
         status="labeling",
@@ -57,42 +73,72 @@ def create_set(
     )
     session.add(row)
     session.flush()
-    wanted = _labeling_jobs(row, runtime=runtime, capability=capability, reuse=reuse)
-    enqueue_many(session, wanted)
-    return row, wanted
+    num_jobs = _count_jobs(row)
+    if num_jobs > SLICE:
+        [held] = enqueue(session, [_labeling_job(row, num_jobs - 1, runtime=runtime, capability=capability, reuse=reuse)])
+        held.not_before, row.held_job_id = HELD_UNTIL, held.id
+        session.flush()
+    first = range(min(num_jobs, SLICE))
+    enqueue_many(session, [_labeling_job(row, place, runtime=runtime, capability=capability, reuse=reuse) for place in first])
+    return row
 
 
-def _labeling_jobs(row: PseudoLabelSet, *, runtime: dict[str, Any], capability: str, reuse: bool) -> list[NewJob]:
-    shard_size = row.labeling["shard_size"]
-    wanted: list[NewJob] = []
-    for purpose, labeler in (("label", row.generation_id), ("select", row.selection_generation_id)):
-        if labeler is None:
-            continue
-        for start in range(0, row.num_images, shard_size):
-            job_input = {
-                "generation_id": labeler,
-                "version_id": row.unlabeled_version_id,
-                "start": start,
-                "stop": min(start + shard_size, row.num_images),
-                "labeling": row.labeling,
-                "runtime": runtime,
-                "purpose": purpose,
-                "reuse": reuse,
-            }
-            wanted.append(
-                NewJob(
-                    kind="label",
-                    input=job_input,
-                    capability=capability,
-                    priority=row.priority,
-                    run_id=row.run_id,
-                    iteration=row.iteration,
-                    step="label" if row.run_id else None,
-                    part=len(wanted) if row.run_id else None,
-                    pseudo_label_set_id=row.id,
-                )
-            )
-    return wanted
+def _count_jobs(row: PseudoLabelSet) -> int:
+    return row.num_shards * (1 if row.selection_generation_id is None else 2)
+
+
+def _labeling_job(row: PseudoLabelSet, place: int, *, runtime: dict[str, Any], capability: str, reuse: bool) -> NewJob:
+    """The labeling job at this place of the set: shard after shard, then all of them again by the selection model."""
+    is_first = place < row.num_shards
+    start = place % row.num_shards * row.labeling["shard_size"]
+    job_input = {
+        "generation_id": row.generation_id if is_first else row.selection_generation_id,
+        "version_id": row.unlabeled_version_id,
+        "start": start,
+        "stop": min(start + row.labeling["shard_size"], row.num_images),
+        "labeling": row.labeling,
+        "runtime": runtime,
+        "purpose": "label" if is_first else "select",
+        "reuse": reuse,
+    }
+    return NewJob(
+        kind="label",
+        input=job_input,
+        capability=capability,
+        priority=row.priority,
+        run_id=row.run_id,
+        iteration=row.iteration,
+        step="label" if row.run_id else None,
+        part=place if row.run_id else None,
+        pseudo_label_set_id=row.id,
+    )
+
+
+def list_unwritten_sets(session: Session) -> list[str]:
+    """Sets some of whose labeling jobs are not written yet."""
+    return list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.held_job_id.is_not(None)).order_by(PseudoLabelSet.id)))
+
+
+def write_next_jobs(session: Session, set_id: str) -> bool:
+    """Insert the next slice of the set's labeling jobs; after the last one the job that was held may start. False when none is missing."""
+    held_id = session.scalar(sa.select(PseudoLabelSet.held_job_id).where(PseudoLabelSet.id == set_id))
+    # Jobs before their set, as everybody who writes both; and whoever cancels them comes before this or after it.
+    held = None if held_id is None else session.get(Job, held_id, with_for_update=True, populate_existing=True)
+    row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    if row is None or row.held_job_id is None:
+        return False
+    if held is None or held.status != "queued":
+        row.held_job_id = None
+        return False
+    # Until they are all there, the set has labeling jobs only.
+    written = session.scalar(sa.select(sa.func.count()).where(Job.pseudo_label_set_id == set_id)) or 0
+    last = _count_jobs(row) - 1
+    next_ones = range(written - 1, min(written - 1 + SLICE, last))
+    given: dict[str, Any] = {"runtime": held.input["runtime"], "capability": held.capability, "reuse": held.input["reuse"]}
+    enqueue_many(session, [_labeling_job(row, place, **given) for place in next_ones])
+    if next_ones.stop == last:
+        held.not_before, row.held_job_id = None, None
+    return row.held_job_id is not None
 
 
 def enqueue_selection(session: Session, row: PseudoLabelSet) -> Job:
@@ -178,8 +224,7 @@ def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
     if row.run_id is not None:
         raise WrongState(f"pseudo-label set {set_id} belongs to run {row.run_id}; cancel the run")
     # Jobs before their set, as everybody who writes both.
-    still_open = sa.select(Job.id).where(Job.pseudo_label_set_id == set_id, Job.status.in_(("queued", "running"))).order_by(Job.id)
-    jobs = list(session.scalars(still_open.with_for_update()))
+    lock_open_jobs(session, Job.pseudo_label_set_id == set_id)
     row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
     if row.status in ("ready", "failed"):
         raise WrongState(
@@ -187,7 +232,6 @@ def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
         )
     if row.status != "canceled":
         row.status, row.finished_at = "canceled", now(session)
-    # The controller may have inserted the job that selects while this waited for the set.
-    for job_id in dict.fromkeys([*jobs, *session.scalars(still_open)]):
-        request_cancel(session, job_id)
+    # Those, too, that the controller inserted while this waited for the set.
+    request_cancel_all(session, Job.pseudo_label_set_id == set_id)
     return row

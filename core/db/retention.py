@@ -86,23 +86,24 @@ def find_expired(session: Session, settings: Settings) -> list[Expired]:
     return _look(session, _due(session, settings, now(session), most_sets=None))
 
 
-def expire(session: Session, settings: Settings, *, most_sets: int = MOST_SETS) -> list[Expired]:
-    """Take what is old by the settings, of so many sets at most; returns what it took. To be called again while it took something."""
+def expire(session: Session, settings: Settings, *, most_sets: int = MOST_SETS) -> tuple[list[Expired], bool]:
+    """Take what is old by the settings, of so many sets at most; returns what it took, and whether there may be more."""
     moment = now(session)
     due = _due(session, settings, moment, most_sets=most_sets)
     found = _look(session, due)
     taking = {one.what for one in found}
+    num_marked = 0
     for one in due:
         if one.rule.mark is not None and one.sets is not None:
             # Also sets that have no such file: nobody needs to look at them again.
             marked = sa.update(PseudoLabelSet).where(one.sets).values({one.rule.mark: moment})
-            session.execute(marked, execution_options=_ROWS_ONLY)
+            num_marked += len(session.scalars(marked.returning(PseudoLabelSet.id), execution_options=_ROWS_ONLY).all())
         if one.rule.what in taking and one.rule.rows is None:
             session.execute(sa.delete(StoredFile).where(one.files(StoredFile)), execution_options=_ROWS_ONLY)
         elif one.rule.what in taking and one.rule.rows is not None:
             table, where = one.rule.rows(one.old)
             session.execute(sa.delete(table).where(where), execution_options=_ROWS_ONLY)
-    return found
+    return found, bool(found) or num_marked > 0
 
 
 def _due(session: Session, settings: Settings, moment: datetime, *, most_sets: int | None) -> list[_Due]:

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.generations import hold_generation
+from core.db.events import order_events_of
+from core.db.generations import hold_generation, hold_named_generations
 from core.db.jobs import NewJob, enqueue, move_waiting
 from core.db.pseudo_labels import create_set
 from core.db.session import now
@@ -39,6 +40,7 @@ def create_run(
     """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
     if initial_generation_id is not None:
         hold_generation(session, initial_generation_id)
+    hold_named_generations(session, recipe)
     moment = now(session)
     run = Run(
         id=new_id("run"),
@@ -102,7 +104,6 @@ def move_to_offered_devices(session: Session, *, unseen_seconds: float, limit: i
         )
         .order_by(Job.id)
         .limit(limit)
-        # Every row is held before the first event locks the run: a claim locks its job and then the run, too.
         .with_for_update(skip_locked=True, of=Job)
     )
     found = session.execute(query.execution_options(populate_existing=True)).all()
@@ -148,13 +149,14 @@ def start_iteration(
     teacher_generation_id: str,
     unlabeled: DatasetVersion,
     keep_keys_of_set_id: str | None = None,
-) -> tuple[Iteration, list[NewJob]]:
-    """Insert the next iteration, its pseudo-label set and every labeling job. `plan`: student, control (bool), warnings."""
+) -> Iteration:
+    """Insert the next iteration, its pseudo-label set and its labeling jobs. `plan`: student, control (bool), warnings."""
     number = last_iteration(session, run.id).number + 1
     recipe = run.recipe
+    hold_named_generations(session, plan)
     evaluation = [version for version in (run.validation_version_id, run.test_version_id) if version]
     selection_model = recipe["labeling"].get("selection_model")
-    row, jobs = create_set(
+    row = create_set(
         session,
         generation_id=teacher_generation_id,
         unlabeled_version_id=unlabeled.id,
@@ -184,7 +186,7 @@ def start_iteration(
     )
     session.add(iteration)
     session.flush()
-    return iteration, jobs
+    return iteration
 
 
 def get_run(session: Session, run_id: str) -> Run:
@@ -217,19 +219,14 @@ def move_run(session: Session, run_id: str, new: str, *, error: dict[str, Any] |
     query = sa.update(Run).where(Run.id == run_id, Run.status.in_(sources)).values(**values).returning(Run)
     moved = session.scalars(query.execution_options(synchronize_session=False, populate_existing=True)).one_or_none()
     if moved is not None:
+        if new in lifecycle.RUN_ENDED:
+            # Whoever sees the end of a run sees every event before it.
+            order_events_of(session, run_id)
         return moved
     run = get_run(session, run_id)
     if run.status != new:
         raise WrongState(f"run {run_id} is {run.status} and cannot become {new}", status=run.status)
     return run
-
-
-def list_open_jobs(session: Session, run_id: str, *, locked: bool = False) -> list[Job]:
-    """The run's jobs that are queued or running; `locked` holds them until the transaction ends."""
-    query = sa.select(Job).where(Job.run_id == run_id, Job.status.in_(("queued", "running"))).order_by(Job.id)
-    if locked:
-        query = query.with_for_update().execution_options(populate_existing=True)
-    return list(session.scalars(query))
 
 
 def list_measured_generations(session: Session, run: Run) -> list[tuple[Generation, float]]:

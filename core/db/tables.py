@@ -233,11 +233,21 @@ class PseudoLabelSet(Base):
     num_shards: Mapped[int]
     num_images: Mapped[int]
     priority: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
+    held_job_id: Mapped[str | None]
+    """The labeling job that waits until all others of the set are written; None once they are."""
     report: Mapped[dict[str, Any] | None]
     shards_expired_at: Mapped[datetime | None]
     items_expired_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+
+
+sa.Index(
+    "ix_pseudo_label_sets_unwritten",
+    PseudoLabelSet.held_job_id,
+    sqlite_where=PseudoLabelSet.held_job_id.is_not(None),
+    postgresql_where=PseudoLabelSet.held_job_id.is_not(None),
+)
 
 
 class Generation(Base):

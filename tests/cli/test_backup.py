@@ -175,6 +175,16 @@ def test_a_second_backup_into_the_same_folder_keeps_the_files_and_replaces_the_r
         assert [json.loads(line)["status"] for line in file].count("queued") == 1
 
 
+def test_a_backup_into_a_file_is_refused_in_one_line(command: Terminal, sqlite_url: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine", encoding="utf-8")
+
+    answer = command("backup", "kept", **places(sqlite_url, tmp_path / "here"))
+
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (2, 1)
+    assert "kept is a file; a backup is a folder" in answer.stderr
+    assert (tmp_path / "kept").read_text(encoding="utf-8") == "mine"
+
+
 def test_nothing_is_restored_over_what_is_there(command: Terminal, sqlite_url: str, tmp_path: Path) -> None:
     database, here = opened(sqlite_url), tmp_path / "here"
     lead_a_life(database, LocalStorage(here / "objects"), tmp_path)

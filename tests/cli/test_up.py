@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from cli import doctor
+from core.settings import Settings
 from tests.builders_services import wait_until
 from tests.cli.builders import command
 from tests.cli.test_setup import free_port
@@ -134,6 +136,21 @@ processes.PROBE_SECONDS, processes.PROBE_PATIENCE_SECONDS, processes.MISSES_OF_A
 from cli.main import main
 main()
 """
+
+
+def test_doctor_notices_a_service_that_runs_but_does_not_answer(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, api = Settings(data_directory=up.directory / "noisy-student-data"), up.children()["server"]
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 1.0)
+    well = doctor.look_at_service(settings)
+
+    os.kill(api, signal.SIGSTOP)
+    try:
+        ill = doctor.look_at_service(settings)
+    finally:
+        os.kill(api, signal.SIGCONT)
+
+    assert (well.verdict, ill.verdict) == ("ok", "bad")
+    assert "does not answer within 1 s" in ill.message
 
 
 def test_an_api_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:

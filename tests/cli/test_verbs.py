@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
+from cli import progress
 from cli.demo import choose_student
 from cli.main import run
+from cli.output import Output
+from cli.runs import describe_plan, set_values
+from ml.recipes import build_recipe, get_recipe
+from ml.validation import to_dict
 from tests.cli.builders import command
 from tests.server.builders import Api, add_job, add_run, add_worker, api_on_a_socket, fail, start_job, succeed
 
@@ -130,6 +135,56 @@ def test_shards_and_lists_are_registered_with_their_format_and_split(call: Call,
     version = json.loads(call("datasets", "report", "hub", "--json")[1])
     assert version["id"] == json.loads(text)["resources"]["dataset_version_id"]
     assert version["source"] == {"path": str(root / "hub"), "format": "parquet", "split": "train"}
+
+
+def test_a_run_without_a_recipe_is_refused_with_the_presets(call: Call) -> None:
+    code, _, error = call("runs", "start", "--labeled", "a", "--unlabeled", "b", "--set", "seed=3")
+
+    assert code == 2
+    assert "small-32px" in error
+    assert "--recipe" in error
+
+
+def test_a_run_tells_what_it_begins_before_hours_of_it_have_passed() -> None:
+    recipe = to_dict(build_recipe("photos-224", {"iterations": {"count": 1, "control": True}}))
+    run = {"recipe": recipe, "iterations_wanted": 1, "initial_generation_id": None}
+
+    text = describe_plan(run)
+
+    assert text.startswith("224 px: efficientnet_b0 (")
+    assert ", then 1 iteration with a student of efficientnet_b0 (" in text
+    assert text.endswith(" and its control; device auto")
+
+
+def test_only_a_named_run_is_canceled(call: Call) -> None:
+    code, _, error = call("runs", "cancel")
+
+    assert code == 2
+    assert "Missing argument 'run'" in error
+
+
+def test_what_a_preset_shows_can_be_set(call: Call) -> None:
+    _, text, _ = call("recipes", "show", "small-32px")
+    _, table, _ = call("recipes", "list")
+    pairs = text.splitlines()
+
+    assert "students.0.ratio=3" in pairs
+    assert to_dict(build_recipe("small-32px", set_values({}, pairs))) == to_dict(get_recipe("small-32px"))
+    assert "paper-l2" in table
+
+
+def test_a_log_is_told_once_why_a_job_waits(
+    api: Api, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.0)
+    waiting = api.client.get(f"/api/v1/jobs/{add_job(api.database, capability='cuda').id}").json()
+    output = Output(as_json=False)
+
+    with progress.show_job_progress(output, "reading photos") as on_change:
+        on_change(waiting)
+        on_change(waiting)
+
+    assert capsys.readouterr().out == f"reading photos: job {waiting['id']} waits for no worker with capability cuda\n"
 
 
 def test_predict_before_any_promotion_says_what_to_do(call: Call, tmp_path: Path) -> None:

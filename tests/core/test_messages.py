@@ -7,7 +7,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from core.db import jobs, workers
-from core.db.runs import list_open_jobs, move_run
+from core.db.runs import move_run
 from core.db.session import Database, now
 from core.db.tables import Job, SingletonLease
 from tests.core.test_claims import add_jobs
@@ -85,7 +85,7 @@ def test_only_the_next_jobs_that_could_be_claimed_are_hinted_again(database: Dat
     run_id = add_run(database)
     publish_all(database)
     with database.transaction() as session:
-        [of_run] = list_open_jobs(session, run_id)
+        of_run = session.scalars(sa.select(Job).where(Job.run_id == run_id)).one()
         session.execute(sa.update(Job).values(hinted_at=now(session) - timedelta(seconds=61)))
         session.execute(sa.update(Job).where(Job.id == of_run.id).values(priority=9))
         move_run(session, run_id, "paused")

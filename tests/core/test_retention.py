@@ -312,17 +312,31 @@ def test_whatever_happened_nothing_that_is_needed_ever_goes(
         database.close()
 
 
+def test_a_bite_of_sets_without_files_is_not_the_end(sqlite: Histories) -> None:
+    for _ in range(3):
+        sqlite.make_run()
+    sqlite.age(days=3)
+    with sqlite.database.transaction() as session:
+        first = sa.select(PseudoLabelSet.id).limit(2)
+        jobs_of_first = sa.select(Job.id).where(Job.pseudo_label_set_id.in_(list(session.scalars(first))))
+        session.execute(sa.delete(StoredFile).where(StoredFile.owner_id.in_(list(session.scalars(jobs_of_first)))))
+
+    assert sum(take_in_bites(sqlite, most_sets=1)) == NUM_SHARDS
+
+
+def take_in_bites(histories: Histories, *, most_sets: int) -> list[int]:
+    """How many files each bite took, to the end."""
+    options, bites, is_more = Settings(data_directory=histories.directory / "data", keep_shards_days=2), [], True
+    while is_more:
+        with histories.database.transaction() as session:
+            bite, is_more = expire(session, options, most_sets=most_sets)
+        bites.append(sum(one.num for one in bite))
+    return bites
+
+
 def test_many_sets_go_a_few_at_a_time(sqlite: Histories) -> None:
     for _ in range(3):
         sqlite.make_run()
     sqlite.age(days=3)
-    options = Settings(data_directory=sqlite.directory / "data", keep_shards_days=2)
-    bites = []
-    while True:
-        with sqlite.database.transaction() as session:
-            bite = expire(session, options, most_sets=2)
-        bites.append(sum(one.num for one in bite))
-        if not bite:
-            break
 
-    assert bites == [2 * NUM_SHARDS, NUM_SHARDS, 0]
+    assert take_in_bites(sqlite, most_sets=2) == [2 * NUM_SHARDS, NUM_SHARDS, 0]

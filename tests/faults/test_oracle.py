@@ -89,7 +89,7 @@ def label_nothing(session: Session, ledger: Ledger) -> object:
     generation_id = session.execute(sa.text("SELECT id FROM generations")).scalar_one()
     version_id = session.scalars(sa.select(DatasetVersion.id)).first()
     assert version_id is not None
-    row, _ = create_set(
+    row = create_set(
         session,
         generation_id=generation_id,
         unlabeled_version_id=version_id,

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from core.db import jobs as rows
+from core.db.pseudo_labels import HELD_UNTIL
 from core.db.runs import move_run
 from core.db.session import Database, now
 from core.db.tables import Job
@@ -36,6 +37,13 @@ def pause_after_failure(database: Database) -> Job:
     job = add_job(database)
     with database.transaction() as session:
         rows.get_job(session, job.id).not_before = now(session) + timedelta(seconds=100)
+    return job
+
+
+def hold_for_its_set(database: Database) -> Job:
+    job = add_job(database)
+    with database.transaction() as session:
+        rows.get_job(session, job.id).not_before = HELD_UNTIL
     return job
 
 
@@ -68,6 +76,7 @@ def be_idle(database: Database) -> Job:
     [
         (pause_run, "run_not_active", "its run is paused"),
         (pause_after_failure, "pause_after_failure", "more seconds after a failed attempt, until 20"),
+        (hold_for_its_set, "set_unwritten", "the other labeling jobs of its set"),
         (add_job, "no_worker", "no worker with capability cpu"),
         (drain_all, "workers_drain", "a worker with capability cpu that takes jobs: all 2 workers drain"),
         (know_too_little, "protocol_too_new", "it is written in protocol 2, they read up to 1"),

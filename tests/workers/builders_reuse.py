@@ -66,7 +66,7 @@ def start_set(database: Database, generation_id: str, version_id: str, *, num_im
     """A set of its own whose shards wait; its id."""
     given: dict[str, Any] = {"labeling": LABELING, "runtime": to_dict(RUNTIME)} | values
     with database.transaction() as session:
-        row, _ = create_set(
+        row = create_set(
             session,
             generation_id=generation_id,
             unlabeled_version_id=version_id,

@@ -18,7 +18,7 @@ def add_set(database: Database) -> str:
     recipe = read_run(database, run_id).recipe
     with database.transaction() as session:
         [zero] = list_iterations(session, run_id)
-        row, _ = create_set(
+        row = create_set(
             session,
             generation_id=zero.generation_id or "",
             unlabeled_version_id=add_dataset(session, "pool", "unlabeled").id,
