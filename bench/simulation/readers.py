@@ -55,6 +55,7 @@ class Reader(threading.Thread):
             "run": run,
             "iterations": f"{run}/iterations",
             "lineage": f"{run}/lineage",
+            "run's events": f"{run}/events?after=0",
             "generations": "/api/v1/generations",
             "sets": "/api/v1/pseudo-label-sets",
             "queues": "/api/v1/queues",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -153,14 +154,24 @@ def hint_again(session: Session, *, older_than_seconds: float, per_capability: i
     """
     moment = now(session)
     old = moment - timedelta(seconds=older_than_seconds)
-    place = sa.func.row_number().over(partition_by=Job.capability, order_by=(Job.priority.desc(), Job.id))
-    waiting = sa.select(Job.id, Job.capability, Job.hinted_at, place.label("place")).where(*can_start(moment)).subquery()
-    due = sa.select(waiting.c.id, waiting.c.capability).where(waiting.c.place <= per_capability, waiting.c.hinted_at < old)
-    rows = session.execute(due).all()
-    for job_id, capability in rows:
-        session.add(OutboxMessage(job_id=job_id, queue=capability, created_at=moment))
-        session.execute(sa.update(Job).where(Job.id == job_id).values(hinted_at=None))
-    return len(rows)
+    count = 0
+    for capability in _queued_capabilities(session):
+        waiting = sa.select(Job.id, Job.hinted_at).where(*can_start(moment), Job.capability == capability)
+        first = waiting.order_by(Job.priority.desc(), Job.id).limit(per_capability)
+        due = [job_id for job_id, hinted_at in session.execute(first) if hinted_at is not None and hinted_at < old]
+        session.add_all(OutboxMessage(job_id=job_id, queue=capability, created_at=moment) for job_id in due)
+        session.execute(sa.update(Job).where(Job.id.in_(due)).values(hinted_at=None).execution_options(synchronize_session=False))
+        count += len(due)
+    return count
+
+
+def _queued_capabilities(session: Session) -> Iterator[str]:
+    """Those that a queued job asks for, one look each into the index of a claim, however long the queues are."""
+    found: str | None = ""
+    while found is not None:
+        found = session.scalar(sa.select(sa.func.min(Job.capability)).where(Job.status == "queued", Job.capability > found))
+        if found is not None:
+            yield found
 
 
 def forget_old_messages(session: Session, *, older_than_seconds: float) -> None:
