@@ -133,32 +133,38 @@ class Filled:
             # What autovacuum does within minutes.
             connection.execute(sa.text("SET statement_timeout = 0"))
             connection.execute(sa.text("VACUUM ANALYZE"))
-        started = time.monotonic()
+        set_id, slices = _write_set(database, generation.id, unlabeled.id)
         with database.transaction() as session:
-            row = create_set(
-                session,
-                generation_id=generation.id,
-                unlabeled_version_id=unlabeled.id,
-                num_images=SHARDS * SHARD_SIZE,
-                labeling={"shard_size": SHARD_SIZE},
-                selection={},
-                seed=0,
-                capability="cpu",
-                runtime={"device": "cpu"},
-                evaluation_version_ids=[],
-            )
-        slices, is_missing = [time.monotonic() - started], True
-        while is_missing:
-            started = time.monotonic()
-            with database.transaction() as session:
-                is_missing = write_next_jobs(session, row.id)
-            slices.append(time.monotonic() - started)
-        with database.transaction() as session:
-            half = sa.select(Job.id).where(Job.pseudo_label_set_id == row.id).order_by(Job.id).limit(SHARDS // 2)
+            half = sa.select(Job.id).where(Job.pseudo_label_set_id == set_id).order_by(Job.id).limit(SHARDS // 2)
             session.execute(sa.update(Job).where(Job.id.in_(half)).values(status="succeeded", finished_at=now(session)))
             # Statistics only: rows are as they lie in a service that works.
             session.execute(sa.text("ANALYZE"))
-        return cls(run.id, job.id, generation.id, row.id, slices)
+        return cls(run.id, job.id, generation.id, set_id, slices)
+
+
+def _write_set(database: Database, generation_id: str, version_id: str) -> tuple[str, list[float]]:
+    """The large set as the service writes it down; its id, and how long each transaction took."""
+    started = time.monotonic()
+    with database.transaction() as session:
+        row = create_set(
+            session,
+            generation_id=generation_id,
+            unlabeled_version_id=version_id,
+            num_images=SHARDS * SHARD_SIZE,
+            labeling={"shard_size": SHARD_SIZE},
+            selection={},
+            seed=0,
+            capability="cpu",
+            runtime={"device": "cpu"},
+            evaluation_version_ids=[],
+        )
+    slices, is_missing = [time.monotonic() - started], True
+    while is_missing:
+        started = time.monotonic()
+        with database.transaction() as session:
+            is_missing = write_next_jobs(session, row.id)
+        slices.append(time.monotonic() - started)
+    return row.id, slices
 
 
 def _one_of_runs(number: str) -> str:
