@@ -172,16 +172,16 @@ def read_facts(session: Session, run_id: str) -> Facts:
     """A handful of rows, however many shards there are."""
     run = session.get_one(Run, run_id, populate_existing=True)
     iteration = last_iteration(session, run_id)
-    set_id = iteration.pseudo_label_set_id
+    labels = session.get(PseudoLabelSet, iteration.pseudo_label_set_id, populate_existing=True) if iteration.pseudo_label_set_id else None
     jobs = _single_jobs(session, run_id, iteration.number)
-    if set_id is not None and (of_shards := _statuses_of_shards(session, set_id)):
+    if labels is not None and (of_shards := _statuses_of_shards(session, labels)):
         jobs["label"] = of_shards
     return Facts(
         run_status=run.status,
         number=iteration.number,
         phase=iteration.phase,
         control=bool(iteration.plan.get("control")),
-        set_status=session.scalar(sa.select(PseudoLabelSet.status).where(PseudoLabelSet.id == set_id)) if set_id else None,
+        set_status=None if labels is None else labels.status,
         jobs=jobs,
     )
 
@@ -197,17 +197,21 @@ def _single_jobs(session: Session, run_id: str, number: int) -> dict[str, set[st
     return {step: {status} for step, status in zip(looks, found, strict=True) if status is not None}
 
 
-def _statuses_of_shards(session: Session, set_id: str) -> set[str]:
-    """Those that some labeling job of the set has: of each status one row is looked for, in the order of ix_jobs_set."""
+def _statuses_of_shards(session: Session, row: PseudoLabelSet) -> set[str]:
+    """Those that some labeling job of the set has: of each status one row is looked for, in the order of ix_jobs_set.
+
+    Jobs that are not written yet are as good as queued.
+    """
     first = {
         status: sa.select(Job.status)
-        .where(Job.pseudo_label_set_id == set_id, Job.status == status, Job.kind == "label")
+        .where(Job.pseudo_label_set_id == row.id, Job.status == status, Job.kind == "label")
         .order_by(Job.priority.desc(), Job.id)
         .limit(1)
         .scalar_subquery()
         for status in JOB_STATUSES
     }
-    return {status for status in session.execute(sa.select(*first.values())).one() if status is not None}
+    found = {status for status in session.execute(sa.select(*first.values())).one() if status is not None}
+    return found if row.held_job_id is None else found | {"queued"}
 
 
 def _select(session: Session, _run: Run, iteration: Iteration) -> None:
@@ -321,7 +325,7 @@ def _move_set_on(database: Database, set_id: str) -> bool:
 
 
 def _decide_set_row(session: Session, row: PseudoLabelSet) -> Move | None:
-    jobs = {"label": _statuses_of_shards(session, row.id)}
+    jobs = {"label": _statuses_of_shards(session, row)}
     if row.status == "selecting":
         in_trouble = (Job.pseudo_label_set_id == row.id, Job.status.in_(("failed", "canceled")), Job.kind == "select")
         jobs["select"] = set(session.scalars(sa.select(Job.status).where(*in_trouble)))

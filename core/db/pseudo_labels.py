@@ -115,8 +115,9 @@ def _labeling_job(row: PseudoLabelSet, place: int, *, runtime: dict[str, Any], c
 
 
 def list_unwritten_sets(session: Session) -> list[str]:
-    """Sets some of whose labeling jobs are not written yet."""
-    return list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.held_job_id.is_not(None)).order_by(PseudoLabelSet.id)))
+    """Sets some of whose labeling jobs are still to be written; those of a failed set are, once it is tried again."""
+    unwritten = (PseudoLabelSet.held_job_id.is_not(None), PseudoLabelSet.status == "labeling")
+    return list(session.scalars(sa.select(PseudoLabelSet.id).where(*unwritten).order_by(PseudoLabelSet.id)))
 
 
 def write_next_jobs(session: Session, set_id: str) -> bool:
@@ -125,10 +126,7 @@ def write_next_jobs(session: Session, set_id: str) -> bool:
     # Jobs before their set, as everybody who writes both; and whoever cancels them comes before this or after it.
     held = None if held_id is None else session.get(Job, held_id, with_for_update=True, populate_existing=True)
     row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
-    if row is None or row.held_job_id is None:
-        return False
-    if held is None or held.status != "queued":
-        row.held_job_id = None
+    if row is None or held is None or row.held_job_id is None or row.status != "labeling":
         return False
     # Until they are all there, the set has labeling jobs only.
     written = session.scalar(sa.select(sa.func.count()).where(Job.pseudo_label_set_id == set_id)) or 0
@@ -137,7 +135,9 @@ def write_next_jobs(session: Session, set_id: str) -> bool:
     given: dict[str, Any] = {"runtime": held.input["runtime"], "capability": held.capability, "reuse": held.input["reuse"]}
     enqueue_many(session, [_labeling_job(row, place, **given) for place in next_ones])
     if next_ones.stop == last:
-        held.not_before, row.held_job_id = None, None
+        row.held_job_id = None
+        if held.not_before == HELD_UNTIL:
+            held.not_before = None
     return row.held_job_id is not None
 
 

@@ -234,7 +234,7 @@ class PseudoLabelSet(Base):
     num_images: Mapped[int]
     priority: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     held_job_id: Mapped[str | None]
-    """The labeling job that waits until all others of the set are written; None once they are."""
+    """The labeling job that waits until all others of the set are written; None once they are, and nothing is selected before."""
     report: Mapped[dict[str, Any] | None]
     shards_expired_at: Mapped[datetime | None]
     items_expired_at: Mapped[datetime | None]

@@ -113,6 +113,25 @@ def test_a_set_canceled_halfway_is_written_no_further_and_leaves_no_job_open(dat
             assert num_events == len(kinds)
 
 
+def test_a_held_shard_that_was_canceled_and_tried_again_does_not_stand_for_the_missing_ones(database: Database) -> None:
+    set_id = add_set(database, shards=8)
+    with database.transaction() as session:
+        held_id = get_set(session, set_id).held_job_id or ""
+        jobs.request_cancel(session, held_id)
+    assert controller.advance_set(database, set_id)
+    with database.transaction() as session:
+        get_set(session, set_id).status = "labeling"
+        jobs.retry(session, held_id)
+
+    assert label_what_waits(database) == 4
+    assert not controller.advance_set(database, set_id)
+    controller.write_jobs(database)
+
+    assert read_places(database, set_id) == [("label", 4 * place) for place in range(8)]
+    assert label_what_waits(database) == 4
+    assert controller.advance_set(database, set_id)
+
+
 def test_the_held_shard_goes_where_its_set_goes(sqlite_url: str) -> None:
     """What is written later waits for the same capability as the one that was moved."""
     database = Database(sqlite_url)
