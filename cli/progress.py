@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,12 +131,20 @@ class RunProgress:
 
     def _stage_of(self, job_id: str) -> Stage | None:
         if job_id not in self._places:
-            # Events do not repeat their job's place; a step's jobs are made together, so this is asked once a step.
-            for job in self._read_jobs():
-                self._places[job["id"]] = None if job["step"] is None else (job["iteration"], job["step"])
+            # Events do not repeat their job's place; a step's jobs are made together, or a thousand at a time.
+            self._read_places(until_known=True)
+        if job_id not in self._places:
+            self._read_places(until_known=False)
             self._places.setdefault(job_id, None)
         place = self._places[job_id]
         return None if place is None else self.stages.setdefault(place, Stage(*place))
+
+    def _read_places(self, *, until_known: bool) -> None:
+        """Newest first: before a job that is known there are only known ones, but for what a host with another clock made."""
+        for job in self._read_jobs():
+            if until_known and job["id"] in self._places:
+                return
+            self._places[job["id"]] = None if job["step"] is None else (job["iteration"], job["step"])
 
     def _move(self, stage: Stage, part: Part, kind: str, data: dict[str, Any]) -> None:
         if kind in ("queued", "retrying", "interrupted"):
@@ -181,9 +190,11 @@ class _WaitingLines:
 
     def on_change(self, job: dict[str, Any]) -> None:
         reason = (job.get("waiting_for") or "") if job["status"] == "queued" else ""
-        if reason and reason != self._told and time.monotonic() >= self._speak_at:
-            self._told = reason
-            self._output.say(f"{self._doing}: job {job['id']} waits for {reason}")
+        # Seconds that are left and jobs that come before it change all the time.
+        kind = re.sub(r"\d+", "", reason)
+        if reason and kind != self._told and time.monotonic() >= self._speak_at:
+            self._told = kind
+            self._output.say(f"{self._doing}: job {job['id']} waits: {reason}")
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def describe_plan(run: dict[str, Any]) -> str:
     size = recipe["image"]["size"]
     teacher = "an initial generation" if run["initial_generation_id"] else _describe_training(recipe["teacher"])
     if iterations == 0:
-        return f"{size} px: {teacher}, and nothing more until `noisy-student iterate`"
+        return f"{size} px: {teacher}, and nothing more until `noisy-student iterate`; device {recipe['runtime']['device']}"
     student = recipe["students"][min(iterations, len(recipe["students"])) - 1]
     plan = f"{iterations} iteration{'s' if iterations > 1 else ''} with a student of {_describe_training(student)}"
     control = " and its control" if recipe["iterations"]["control"] else ""

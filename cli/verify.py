@@ -145,23 +145,9 @@ def _event_numbers(session: Session) -> Found:
     per_run = sa.select(Event.run_id, sa.func.min(Event.run_number), sa.func.max(Event.run_number), sa.func.count(Event.run_number))
     per_run = per_run.where(Event.run_number.is_not(None)).group_by(Event.run_id)
     yield from _gaps(session, per_run, sa.select(Run.id, Run.num_events))
-    yield from _disorder(session)
     foreign = sa.select(Event.job_id, Event.number).join(Job, Job.id == Event.job_id).where(Event.run_id.is_distinct_from(Job.run_id))
     for job_id, number in session.execute(foreign):
         yield job_id, f"event {number} belongs to another run than its job"
-
-
-def _disorder(session: Session) -> Found:
-    """In its run's count a job's events come in the job's own order, and those without a number are the job's last."""
-    before = sa.func.lag(Event.run_number).over(partition_by=Event.job_id, order_by=Event.number)
-    number = Event.number - 1
-    pairs = sa.select(Event.job_id, Event.number, Event.run_number, number.label("last"), before.label("before")).where(
-        Event.run_id.is_not(None)
-    )
-    each = pairs.subquery()
-    wrong = sa.and_(each.c.last > 0, each.c.run_number.is_not(None), sa.or_(each.c.before.is_(None), each.c.before > each.c.run_number))
-    for job_id, number, run_number, last, before in session.execute(sa.select(each).where(wrong)):
-        yield job_id, f"event {number} is number {run_number} of its run, but event {last} is {before}"
 
 
 def _gaps(session: Session, counted: sa.Executable, expected: sa.Executable) -> Found:

@@ -251,6 +251,7 @@ def _split(session: Session, dataset_id: str, body: NewSplit) -> Job:
         check_shares_fit((source.report or {}).get("classes", {}), dict(body.shares.items()))
     except MlError as error:
         raise InvalidRequest(str(error), pointer="/shares", **error.details) from error
+    rows.hold_version(session, source.id)
     prefix = body.name_prefix or dataset.name
     targets: dict[str, Any] = {}
     versions: list[DatasetVersion] = []

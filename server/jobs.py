@@ -159,7 +159,7 @@ def _companions(session: Session, job: Job) -> list[str]:
         together = sa.and_(Job.pseudo_label_set_id == job.pseudo_label_set_id, Job.run_id.is_(None))
     else:
         return []
-    # Locked in one order and before the run, whose row every report of a job locks after the job's.
+    # Locked in one order and before the run: jobs before what they belong to, as everybody who writes both.
     query = sa.select(Job.id).where(together, Job.status.in_(("failed", "canceled"))).order_by(Job.id).with_for_update()
     return [job_id for job_id in session.scalars(query) if job_id != job.id]
 

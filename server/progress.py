@@ -41,6 +41,8 @@ TAIL = 50
 """Latest events of each watched row that are kept for all its streams; who is further behind reads rows."""
 READERS = 4
 """Streams that read rows at one moment: when hundreds come at once, other requests still find a thread."""
+ORDER_SECONDS = 1.0
+"""A reader waits this long for somebody who moves the run on just now, and then shows what was numbered before."""
 _ROWS_A_QUERY = 100
 
 
@@ -111,7 +113,7 @@ class Watch:
 
 
 class ProgressHub:
-    """Wakes everybody who watches, and tells what is new, by two polling queries for all of them."""
+    """Wakes everybody who watches, and tells what is new, by a few polling queries for all of them."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -264,17 +266,17 @@ def _last_event_id(request: Request) -> int:
 
 
 def _read(database: Database, source: Source, row_id: str, after: int, limit: int) -> EventPage:
-    _try_to_order(database, source, [row_id])
+    _try_to_order(database, source, [row_id], wait_seconds=ORDER_SECONDS)
     with database.reading() as session:
         return read_events(session, source, row_id, after=after, limit=limit)
 
 
-def _try_to_order(database: Database, source: Source, row_ids: list[str]) -> None:
+def _try_to_order(database: Database, source: Source, row_ids: list[str], *, wait_seconds: float = 0.0) -> None:
     """A run's new events get their numbers now. Where nothing can be written, as on a full disk, those that have theirs are still read."""
     if source is not RUN_EVENTS:
         return
     try:
-        order_events(database, row_ids)
+        order_events(database, row_ids, wait_seconds=wait_seconds)
     except AWAY as error:
         get_log().warning("events.not_ordered", error=str(error).splitlines()[0])
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from core import lifecycle
 from core.db.cancellation import lock_open_jobs, request_cancel_all
 from core.db.deletion import delete_run
-from core.db.runs import create_run, get_run, last_iteration, list_iterations, move_run
+from core.db.runs import create_run, get_run, last_iteration, list_iterations, lock_run, move_run
 from core.db.session import now
 from core.db.tables import Alias, Generation, Iteration, Job, PseudoLabelSet, Run
 from core.errors import InvalidRequest, WrongState
@@ -278,7 +278,7 @@ def remove_run(run_id: str, services: ServicesDep) -> Response:
 def _locked(session: Session, run_id: str) -> Run:
     """The run, held against other writers until the transaction ends."""
     get_run(session, run_id)
-    return session.get_one(Run, run_id, with_for_update=True, populate_existing=True)
+    return lock_run(session, run_id)
 
 
 @router.get("/runs/{run_id}/lineage", summary="Read the lineage", responses=problems(404))

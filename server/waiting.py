@@ -72,7 +72,7 @@ class Fleet:
             return Reason("run_not_active", f"its run is {wait.run_status}")
         if wait.pause_until is not None and wait.pause_until > self.moment:
             if wait.pause_until >= HELD_UNTIL:
-                return Reason("set_unwritten", "the other labeling jobs of its set, which are being written down")
+                return Reason("set_unwritten", "the other labeling jobs of its set, which are not all written down yet")
             seconds, until = (wait.pause_until - self.moment).total_seconds(), wait.pause_until.astimezone(UTC)
             message = f"a pause of {seconds:.0f} more seconds after a failed attempt, until {until:%Y-%m-%dT%H:%M:%SZ}"
             return Reason("pause_after_failure", message)

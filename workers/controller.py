@@ -6,7 +6,9 @@ A row lock on the run (or set) and the unique (run, iteration, step, part) make 
 
 from __future__ import annotations
 
+import random
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,9 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
-from core.db.events import order_events
+from core.db.events import order_events, order_events_of
 from core.db.pseudo_labels import enqueue_selection, list_unwritten_sets, write_next_jobs
-from core.db.runs import enqueue_training, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
+from core.db.runs import enqueue_training, last_iteration, list_iterations, list_measured_generations, lock_run, move_run, start_iteration
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
 from core.errors import ServiceError
@@ -110,22 +112,29 @@ def write_jobs(database: Database) -> None:
     """Write down labeling jobs of sets that lack some, for a turn, a slice of each set after the other."""
     end = time.monotonic() + WRITING_SECONDS
     with database.reading() as session:
-        unwritten = list_unwritten_sets(session)
+        unwritten = deque(list_unwritten_sets(session))
+    # Who had the first slice of one turn does not need the first of the next.
+    unwritten.rotate(random.randrange(len(unwritten)) if unwritten else 0)
     while unwritten and time.monotonic() < end:
-        for set_id in tuple(unwritten):
-            with database.transaction() as session:
-                if not write_next_jobs(session, set_id):
-                    unwritten.remove(set_id)
+        set_id = unwritten.popleft()
+        if _advance_alone(_write_slice, database, set_id):
+            unwritten.append(set_id)
 
 
-def _advance_alone(advance: Callable[[Database, str], bool], database: Database, identity: str) -> None:
+def _write_slice(database: Database, set_id: str) -> bool:
+    with database.transaction() as session:
+        return write_next_jobs(session, set_id)
+
+
+def _advance_alone(advance: Callable[[Database, str], bool], database: Database, identity: str) -> bool:
     """What one row does to the database must not keep the others from moving; a database that is away keeps them all."""
     try:
-        advance(database, identity)
+        return advance(database, identity)
     except sa.exc.OperationalError:
         raise
-    except sa.exc.SQLAlchemyError as error:
-        get_log().error("controller.not_moved", id=identity, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except (sa.exc.SQLAlchemyError, *_CANNOT_GO_ON) as error:
+        get_log().error("controller.not_moved", id=identity, error=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return False
 
 
 def _versions_without_hope() -> sa.Select[str]:
@@ -144,7 +153,7 @@ def advance_run(database: Database, run_id: str) -> bool:
     except _CANNOT_GO_ON as error:
         get_log().exception("controller.run_failed", run_id=run_id)
         with database.transaction() as session:
-            if session.get_one(Run, run_id, with_for_update=True, populate_existing=True).status == "active":
+            if lock_run(session, run_id).status == "active":
                 move_run(session, run_id, "failed", error={"code": "run.cannot_go_on", "message": _tell(error)})
         return True
 
@@ -159,12 +168,13 @@ def _move_on(database: Database, run_id: str) -> bool:
         if decide(read_facts(session, run_id)) is None:
             return False
     with database.transaction() as session:
-        run = session.get_one(Run, run_id, with_for_update=True, populate_existing=True)
+        run = lock_run(session, run_id)
         while (move := decide(read_facts(session, run_id))) is not None:
             iteration = last_iteration(session, run_id)
             _MOVES[move](session, run, iteration)
             session.flush()
             get_log().info("controller.moved", run_id=run_id, iteration=iteration.number, move=move)
+        order_events_of(session, run_id)
     return True
 
 

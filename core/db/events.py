@@ -6,7 +6,6 @@ are committed, by whoever reads them or keeps house: two hundred workers of one 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, Protocol
@@ -88,50 +87,54 @@ def append_same_event(session: Session, jobs: Sequence[CountedJob], item: tuple[
         session.execute(sa.insert(Event), rows)
 
 
-def order_events(database: Database, run_ids: Collection[str]) -> None:
-    """Number what has happened in these runs since the last time.
+def order_events(database: Database, run_ids: Collection[str], *, wait_seconds: float = 0.0) -> None:
+    """Number what has happened in these runs since the last time; what somebody else numbers just now is left to them.
 
     Only committed events are seen, and one transaction at a time numbers those of a run: no number is left out, and none comes later
-    than a higher one that somebody has read.
+    than a higher one that somebody has read. `wait_seconds`: so long it waits for another who holds a run (PostgreSQL), and then raises.
     """
+    if not run_ids:
+        return
     with database.reading() as session:
         unordered = sa.exists().where(Event.run_id == Run.id, Event.run_number.is_(None))
-        waiting = list(session.scalars(sa.select(Run.id).where(Run.id.in_(run_ids), unordered)))
-    while waiting:
-        with database.transaction() as session:
-            # Always in the same order, and of a run nothing but its row: two of these never wait for each other.
-            session.execute(sa.select(Run.id).where(Run.id.in_(waiting)).order_by(Run.id).with_for_update(key_share=True))
-            if _order_some(session, waiting) < ORDERED_AT_ONCE:
-                return
+        waiting = list(session.scalars(sa.select(Run.id).where(Run.id.in_(run_ids), unordered).order_by(Run.id)))
+    for run_id in waiting:
+        # A run at a time, and nothing but its row: who holds one run keeps no other from being told.
+        while True:
+            with database.transaction() as session:
+                if not _hold_run(session, run_id, wait_seconds=wait_seconds) or _order_some(session, run_id) < ORDERED_AT_ONCE:
+                    break
+
+
+def _hold_run(session: Session, run_id: str, *, wait_seconds: float) -> bool:
+    if wait_seconds and session.get_bind().dialect.name == "postgresql":
+        session.execute(sa.text(f"SET LOCAL lock_timeout = {round(1000 * wait_seconds)}"))
+    held = sa.select(Run.id).where(Run.id == run_id).with_for_update(key_share=True, skip_locked=not wait_seconds)
+    return session.scalar(held) is not None
 
 
 def order_events_of(session: Session, run_id: str) -> None:
     """Number all of the run's events in the caller's transaction, which holds the run's row: what comes after it was said before."""
-    while _order_some(session, [run_id]) == ORDERED_AT_ONCE:
+    while _order_some(session, run_id) == ORDERED_AT_ONCE:
         pass
 
 
-def _order_some(session: Session, run_ids: Collection[str]) -> int:
-    """Give the oldest events that have no number yet the next ones of their runs, whose rows are held; how many there were."""
-    unordered = (Event.run_id.in_(run_ids), Event.run_number.is_(None))
+def _order_some(session: Session, run_id: str) -> int:
+    """Give the run's oldest events that have no number yet the next ones; the run's row is held. Returns how many there were."""
     # However the clock was set, a job's later event is no older than its earlier ones.
-    happened = sa.func.max(Event.at).over(partition_by=Event.job_id, order_by=Event.number).label("happened")
-    waiting = sa.select(Event.job_id, Event.number, Event.run_id, happened).where(*unordered).subquery()
-    order = (waiting.c.happened, waiting.c.job_id, waiting.c.number)
-    oldest = sa.select(waiting).order_by(*order).limit(ORDERED_AT_ONCE).subquery()
-    place = sa.func.row_number().over(partition_by=oldest.c.run_id, order_by=(oldest.c.happened, oldest.c.job_id, oldest.c.number))
-    places = sa.select(oldest.c.job_id, oldest.c.number, oldest.c.run_id, place.label("place")).subquery()
-    # The unordered ones are said twice: so the rows to write are looked for among them, not among all events.
-    numbered = (
-        sa.update(Event)
-        .where(*unordered, Event.job_id == places.c.job_id, Event.number == places.c.number, Run.id == places.c.run_id)
-        .values(run_number=Run.num_events + places.c.place)
-        .returning(Event.run_id)
-    )
-    counts = Counter(session.scalars(numbered, execution_options=_ROWS_ONLY))
-    for run_id, number in counts.items():
-        session.execute(sa.update(Run).where(Run.id == run_id).values(num_events=Run.num_events + number), execution_options=_ROWS_ONLY)
-    return counts.total()
+    happened = sa.func.max(Event.at).over(partition_by=Event.job_id, order_by=Event.number)
+    unordered = sa.select(Event.job_id, Event.number).where(Event.run_id == run_id, Event.run_number.is_(None))
+    oldest = session.execute(unordered.order_by(happened, Event.job_id, Event.number).limit(ORDERED_AT_ONCE)).all()
+    if not oldest:
+        return 0
+    raised = sa.update(Run).where(Run.id == run_id).values(num_events=Run.num_events + len(oldest)).returning(Run.num_events)
+    last = session.execute(raised, execution_options=_ROWS_ONLY).scalar_one() - len(oldest)
+    # Each row by its own key: a query that finds the unordered ones once more may be planned for far fewer of them than there are.
+    places = [{"job_id": job_id, "number": number, "place": place} for place, (job_id, number) in enumerate(oldest, start=last + 1)]
+    each = unfolded(session, places)
+    by_key = sa.and_(Event.job_id == each["job_id"].as_string(), Event.number == each["number"].as_integer())
+    session.execute(sa.update(Event).where(by_key).values(run_number=each["place"].as_integer()), execution_options=_ROWS_ONLY)
+    return len(oldest)
 
 
 def unfolded(session: Session, rows: Sequence[dict[str, Any]]) -> Any:

@@ -17,6 +17,7 @@ from core.errors import NotReady, StillReferenced
 from core.ids import absent
 
 _ID = re.compile(r"gen_\w+")
+_REFERENCE = re.compile(r'"generation:([^"]+)"')
 
 
 def register_generation(session: Session, job: Job, result: dict[str, Any]) -> Generation:
@@ -67,8 +68,8 @@ def hold_generation(session: Session, generation_id: str) -> None:
 
 
 def hold_named_generations(session: Session, config: dict[str, Any]) -> None:
-    """The same for every generation that a recipe or a plan names as initial weights or as the one that selects."""
-    for generation_id in sorted(set(_ID.findall(json.dumps(config)))):
+    """The same for every generation that a recipe or a plan names, as `generation:ID`: as initial weights or as the one that selects."""
+    for generation_id in sorted(set(_REFERENCE.findall(json.dumps(config)))):
         hold_generation(session, generation_id)
 
 

@@ -19,7 +19,7 @@ from core.db.files import name_files
 from core.db.generations import hold_generation
 from core.db.jobs import SLICE, NewJob, enqueue, enqueue_many
 from core.db.session import now
-from core.db.tables import Job, PseudoLabelSet, StoredFile
+from core.db.tables import Job, PseudoLabelSet, Run, StoredFile
 from core.errors import WrongState
 from core.ids import absent, new_id
 
@@ -116,7 +116,10 @@ def _labeling_job(row: PseudoLabelSet, place: int, *, runtime: dict[str, Any], c
 
 def list_unwritten_sets(session: Session) -> list[str]:
     """Sets some of whose labeling jobs are still to be written; those of a failed set are, once it is tried again."""
-    unwritten = (PseudoLabelSet.held_job_id.is_not(None), PseudoLabelSet.status == "labeling")
+    going_on = sa.or_(
+        PseudoLabelSet.run_id.is_(None), PseudoLabelSet.run_id.in_(sa.select(Run.id).where(Run.status.in_(("active", "paused"))))
+    )
+    unwritten = (PseudoLabelSet.held_job_id.is_not(None), PseudoLabelSet.status == "labeling", going_on)
     return list(session.scalars(sa.select(PseudoLabelSet.id).where(*unwritten).order_by(PseudoLabelSet.id)))
 
 
@@ -128,8 +131,7 @@ def write_next_jobs(session: Session, set_id: str) -> bool:
     row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
     if row is None or held is None or row.held_job_id is None or row.status != "labeling":
         return False
-    # Until they are all there, the set has labeling jobs only.
-    written = session.scalar(sa.select(sa.func.count()).where(Job.pseudo_label_set_id == set_id)) or 0
+    written = session.scalar(sa.select(sa.func.count()).where(Job.pseudo_label_set_id == set_id, Job.kind == "label")) or 0
     last = _count_jobs(row) - 1
     next_ones = range(written - 1, min(written - 1 + SLICE, last))
     given: dict[str, Any] = {"runtime": held.input["runtime"], "capability": held.capability, "reuse": held.input["reuse"]}

@@ -40,7 +40,8 @@ def create_run(
     """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
     if initial_generation_id is not None:
         hold_generation(session, initial_generation_id)
-    hold_named_generations(session, recipe)
+    # With an initial generation there is no teacher to train, and its weights are never opened.
+    hold_named_generations(session, recipe if initial_generation_id is None else recipe | {"teacher": None})
     moment = now(session)
     run = Run(
         id=new_id("run"),
@@ -67,7 +68,10 @@ def create_run(
         session.flush()
         return run, None
     session.flush()
-    return run, enqueue_training(session, run, iteration, role="teacher")
+    job = enqueue_training(session, run, iteration, role="teacher")
+    # Who holds the run's row anyway numbers at once: workers of an older version would give the next event of this job a number before.
+    order_events_of(session, run.id)
+    return run, job
 
 
 def run_capability(session: Session, run: Run) -> str:
@@ -186,6 +190,7 @@ def start_iteration(
     )
     session.add(iteration)
     session.flush()
+    order_events_of(session, run.id)
     return iteration
 
 
@@ -195,6 +200,14 @@ def get_run(session: Session, run_id: str) -> Run:
     if run is None:
         raise absent("run", run_id)
     return run
+
+
+def lock_run(session: Session, run_id: str) -> Run:
+    """The run, held against other writers until the transaction ends.
+
+    Not against who only refers to it: a claim or a new job of the run must not wait, for a controller that may wait for that job.
+    """
+    return session.get_one(Run, run_id, with_for_update={"key_share": True}, populate_existing=True)
 
 
 def list_iterations(session: Session, run_id: str) -> list[Iteration]:

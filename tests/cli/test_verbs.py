@@ -14,6 +14,7 @@ from cli.demo import choose_student
 from cli.main import run
 from cli.output import Output
 from cli.runs import describe_plan, set_values
+from ml.config import StudentConfig
 from ml.recipes import build_recipe, get_recipe
 from ml.validation import to_dict
 from tests.cli.builders import command
@@ -163,12 +164,21 @@ def test_only_a_named_run_is_canceled(call: Call) -> None:
     assert "Missing argument 'run'" in error
 
 
+def leaves(config: dict[str, Any]) -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{rest}" for rest in leaves(value))
+        else:
+            yield name
+
+
 def test_what_a_preset_shows_can_be_set(call: Call) -> None:
     _, text, _ = call("recipes", "show", "small-32px")
     _, table, _ = call("recipes", "list")
     pairs = text.splitlines()
 
     assert "students.0.ratio=3" in pairs
+    assert {pair.partition("=")[0] for pair in pairs} >= {f"students.0.{path}" for path in leaves(to_dict(StudentConfig()))}
     assert to_dict(build_recipe("small-32px", set_values({}, pairs))) == to_dict(get_recipe("small-32px"))
     assert "paper-l2" in table
 
@@ -184,7 +194,7 @@ def test_a_log_is_told_once_why_a_job_waits(
         on_change(waiting)
         on_change(waiting)
 
-    assert capsys.readouterr().out == f"reading photos: job {waiting['id']} waits for no worker with capability cuda\n"
+    assert capsys.readouterr().out == f"reading photos: job {waiting['id']} waits: no worker with capability cuda\n"
 
 
 def test_predict_before_any_promotion_says_what_to_do(call: Call, tmp_path: Path) -> None:

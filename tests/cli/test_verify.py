@@ -46,16 +46,6 @@ def remove_a_metric(session: Session, history: History) -> object:
     return session.execute(sa.delete(Event).where(*event_of(history, "metric")).execution_options(synchronize_session=False))
 
 
-def tell_the_run_in_another_order(session: Session, history: History) -> object:
-    def renumber(number: int, new: int) -> None:
-        query = sa.update(Event).where(Event.run_id == history.run_id, Event.run_number == number)
-        session.execute(query.values(run_number=new).execution_options(synchronize_session=False))
-
-    for number, new in ((1, 999), (2, 1), (999, 2)):
-        renumber(number, new)
-    return None
-
-
 def forget_the_weights(session: Session, history: History) -> object:
     return session.execute(sa.update(Generation).where(Generation.id == history.teacher_id).values(digest="0" * 64))
 
@@ -121,7 +111,6 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     "a token that does not rise": (start_with_an_old_token, "job histories"),
     "a move after the end": (go_on_after_the_end, "job histories"),
     "a missing event": (remove_a_metric, "event numbers"),
-    "a run that tells its job's events in another order": (tell_the_run_in_another_order, "event numbers"),
     "other weights than the row says": (forget_the_weights, "generations"),
     "a generation of a failed job": (forget_that_the_job_succeeded, "generations"),
     "a row that its history does not lead to": (forget_that_the_job_succeeded, "job histories"),

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from core.db import events, jobs
 from core.db.events import list_run_events, order_events
-from core.db.runs import move_run
+from core.db.runs import lock_run, move_run
 from core.db.session import Database
 from core.db.tables import Event, Job, Run
 from tests.workers.test_controller import add_run
@@ -88,6 +88,29 @@ def test_two_jobs_of_a_run_report_at_one_moment_without_waiting_for_each_other(p
         session.execute(sa.text("SET LOCAL lock_timeout = '100ms'"))
         assert jobs.report(held, one.id, token=one.token, items=[("metric", {})])
         assert jobs.succeed(session, other.id, token=other.token, result={}) is not None
+    database.close()
+
+
+def test_who_moves_a_run_keeps_no_worker_of_it_waiting_and_no_reader_for_long(postgresql_url: str) -> None:
+    database = Database(postgresql_url)
+    run_id = add_run(database)
+    job = add_running(database, run_id, 1)[0]
+    order_events(database, [run_id])
+    before = read_numbers(database, run_id)
+
+    with database.transaction() as mover:
+        lock_run(mover, run_id)
+        with database.transaction() as session:
+            session.execute(sa.text("SET LOCAL lock_timeout = '100ms'"))
+            # Its row is written twice, and PostgreSQL then looks whether the run is still there.
+            assert jobs.report(session, job.id, token=job.token, items=[("metric", {})])
+        order_events(database, [run_id])
+        with pytest.raises(sa.exc.OperationalError):
+            order_events(database, [run_id], wait_seconds=0.1)
+    assert read_numbers(database, run_id) == before
+    order_events(database, [run_id])
+
+    assert len(read_numbers(database, run_id)) == len(before) + 1
     database.close()
 
 

@@ -12,6 +12,7 @@ from core.db.pseudo_labels import HELD_UNTIL, cancel_set, get_set, list_unwritte
 from core.db.session import Database
 from core.db.tables import Event, Job
 from tests.workers.builders_reuse import add_generation, add_pool, new_number, shards_of, start_set
+from tests.workers.test_controller import add_run, play, read_run
 from workers import controller
 
 FILE = {"digest": "0" * 64, "num_bytes": 1}
@@ -89,6 +90,20 @@ def test_nothing_is_selected_before_every_shard_is_written_and_labeled(database:
 
     with database.reading() as session:
         assert get_set(session, set_id).status == "selecting"
+
+
+def test_a_runs_set_is_written_in_slices_and_the_run_goes_on_to_its_end(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SLICE", 1)
+    monkeypatch.setattr(pseudo_labels, "SLICE", 1)
+    run_id = add_run(database)
+
+    steps = play(database)
+
+    assert steps == ["train-teacher", "label", "label", "label", "select", "train-student"]
+    with database.reading() as session:
+        parts = sa.select(Job.part).where(Job.run_id == run_id, Job.step == "label").order_by(Job.part)
+        assert list(session.scalars(parts)) == [0, 1, 2]
+    assert read_run(database, run_id).status == "completed"
 
 
 def test_a_set_canceled_halfway_is_written_no_further_and_leaves_no_job_open(database: Database) -> None:
