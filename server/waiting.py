@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Literal
 
 import sqlalchemy as sa
@@ -110,10 +111,12 @@ def explain_jobs(session: Session, queued: Sequence[Job], settings: Settings) ->
     runs = {job.run_id for job in queued if job.run_id is not None}
     status_of_run = dict(session.execute(sa.select(Run.id, Run.status).where(Run.id.in_(runs))).all()) if runs else {}
     reasons = {}
+    # Of fifty jobs in line most wait alike, and there may be hundreds of workers to look at.
+    explain = cache(fleet.explain)
     for job in queued:
         pauses = job.not_before is not None and job.not_before > fleet.moment
         status = status_of_run.get(job.run_id or "", "active")
-        reasons[job.id] = fleet.explain(Wait(job.capability, job.protocol, status, job.not_before if pauses else None))
+        reasons[job.id] = explain(Wait(job.capability, job.protocol, status, job.not_before if pauses else None))
     in_line = {job.capability for job in queued if reasons[job.id].code == "slots_busy"}
     places = {capability: _read_places(session, capability, fleet.moment) for capability in sorted(in_line)}
     return {

@@ -30,7 +30,7 @@ from ml.errors import MlError
 from ml.self_training import GenerationRecord, Stop, next_iteration
 from ml.validation import build
 
-WRITING_SECONDS = 0.5
+WRITING_SECONDS = 0.25
 """The rest of 30 000 labeling jobs is written in the next turns, while the first ones are worked on."""
 Move = Literal["select", "train", "finish", "next", "fail"]
 Statuses = Mapping[str, Collection[str]]
