@@ -134,8 +134,11 @@ def release_singleton(session: Session, name: str, *, holder: str) -> None:
 
 def list_unpublished(session: Session, *, limit: int) -> list[OutboxMessage]:
     """Hints not yet published, oldest first; locked against other relays on PostgreSQL. Those of a job that pauses wait with it."""
-    pausing = sa.exists().where(Job.id == OutboxMessage.job_id, Job.not_before > now(session))
-    query = sa.select(OutboxMessage).where(OutboxMessage.published_at.is_(None), ~pausing).order_by(OutboxMessage.id).limit(limit)
+    moment = now(session)
+    # A look at each message's own job: asked whether there is none that pauses, PostgreSQL may look through all jobs instead.
+    pauses_until = sa.select(Job.not_before).where(Job.id == OutboxMessage.job_id).scalar_subquery()
+    due = (OutboxMessage.published_at.is_(None), sa.func.coalesce(pauses_until, moment) <= moment)
+    query = sa.select(OutboxMessage).where(*due).order_by(OutboxMessage.id).limit(limit)
     return list(session.scalars(query.with_for_update(skip_locked=True)))
 
 
