@@ -36,6 +36,8 @@ def stored(s3_server: S3Server) -> dict[str, str]:
 def reads_objects(s3_server: S3Server, s3_credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process, and those that it starts, may read the tests' store."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.url)
+    # A client keeps the credentials that it found: those of another test, or that there were none.
+    monkeypatch.setattr(objects, "_clients", {})
     objects.use(access_to(s3_server))
     yield
     objects.use(objects.Access())
