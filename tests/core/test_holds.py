@@ -48,32 +48,24 @@ def begin_a_run(session: Session, weights: str, pool: str, _kept_out: str, _teac
     return create_run(session, name="run", recipe=to_dict(recipe), iterations=1, **facts)
 
 
-@pytest.mark.parametrize("begin", [begin_a_set, begin_a_run])
-def test_a_generation_that_begins_to_be_needed_is_not_deleted(begin: Callable[..., object], postgresql_url: str) -> None:
-    database = Database(postgresql_url)
-    needed, teacher = (add_generation(database, WEIGHTS, ["cat", "dog"]) for _ in range(2))
-    pool, kept_out = (add_pool(database, FILE, 4, name=name) for name in ("pool", "test"))
-
-    with database.transaction() as session:
-        begin(session, needed, pool, kept_out, teacher)
-        refuse_to_wait(database, lambda other: delete_generation(other, needed))
-
-    with database.transaction() as session, pytest.raises(StillReferenced):
-        delete_generation(session, needed)
-    database.close()
-
-
-def test_a_version_that_begins_to_be_kept_out_is_not_deleted(postgresql_url: str) -> None:
+@pytest.mark.parametrize(
+    ("begin", "delete", "what"),
+    [(begin_a_set, delete_generation, "chooser"), (begin_a_run, delete_generation, "chooser"), (begin_a_set, delete_version, "test")],
+)
+def test_what_begins_to_be_needed_is_not_deleted(
+    begin: Callable[..., object], delete: Callable[[Session, str], object], what: str, postgresql_url: str
+) -> None:
     database = Database(postgresql_url)
     chooser, teacher = (add_generation(database, WEIGHTS, ["cat", "dog"]) for _ in range(2))
     pool, kept_out = (add_pool(database, FILE, 4, name=name) for name in ("pool", "test"))
+    needed = {"chooser": chooser, "test": kept_out}[what]
 
     with database.transaction() as session:
-        begin_a_set(session, chooser, pool, kept_out, teacher)
-        refuse_to_wait(database, lambda other: delete_version(other, kept_out))
+        begin(session, chooser, pool, kept_out, teacher)
+        refuse_to_wait(database, lambda other: delete(other, needed))
 
     with database.transaction() as session, pytest.raises(StillReferenced):
-        delete_version(session, kept_out)
+        delete(session, needed)
     database.close()
 
 
