@@ -170,10 +170,12 @@ def find(address: str) -> int | None:
 
 
 def _client() -> Any:
+    # Once: while a client is made, another thread may call `use`.
+    access = _access
     with _lock:
-        if _access not in _clients:
-            _clients[_access] = _make_client(_access)
-        return _clients[_access]
+        if access not in _clients:
+            _clients[access] = _make_client(access)
+        return _clients[access]
 
 
 def _make_client(access: Access) -> Any:

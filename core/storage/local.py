@@ -64,13 +64,14 @@ class LocalStorage:
 
         False when there is none, or one that was altered: whoever brings the content again mends it.
         """
-        if not target.exists() or target.stat().st_size != num_bytes or digest_of(target) != digest:
-            return False
-        with self._locked(fcntl.LOCK_SH):
-            try:
-                os.utime(target)
-            except FileNotFoundError:
+        try:
+            if target.stat().st_size != num_bytes or digest_of(target) != digest:
                 return False
+            with self._locked(fcntl.LOCK_SH):
+                os.utime(target)
+        except FileNotFoundError:
+            # Never there, or swept since the look before.
+            return False
         return True
 
     @contextmanager
@@ -121,7 +122,10 @@ class LocalStorage:
 
     def verify(self, digest: str) -> None:
         """Hash it again."""
-        actual = digest_of(self.fetch(digest))
+        try:
+            actual = digest_of(self.fetch(digest))
+        except FileNotFoundError as error:
+            raise missing(digest) from error
         if actual != digest:
             raise altered(digest, actual)
 

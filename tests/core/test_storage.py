@@ -18,6 +18,7 @@ import pytest
 from core.errors import StorageDamaged, StorageError
 from core.settings import Settings
 from core.storage import LocalStorage, Storage, make_storage, materialize
+from core.storage.digests import digest_of
 from tests.builders_services import S3Server
 
 
@@ -179,6 +180,23 @@ def test_storing_the_same_content_while_it_is_swept_never_loses_it(tmp_path: Pat
             lost += not (storage.directory / digest[:2] / digest).exists()
 
     assert lost == 0
+
+
+def test_a_file_that_is_swept_between_two_looks_at_it_is_stored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    stored = storage.fetch(storage.put(make_file(tmp_path))["digest"])
+
+    def sweep_then_hash(path: Path) -> str:
+        if path == stored:
+            storage.remove(stored.name)
+        return digest_of(path)
+
+    monkeypatch.setattr("core.storage.local.digest_of", sweep_then_hash)
+    storage.put(tmp_path / "file")
+
+    assert stored.read_bytes() == b"weights"
+    with pytest.raises(StorageDamaged, match="missing"):
+        storage.verify(stored.name)
 
 
 def test_storing_the_content_again_mends_a_file_that_was_altered(tmp_path: Path) -> None:

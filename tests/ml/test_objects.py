@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ml import decoding, pseudo_labels
+from ml import decoding, objects, pseudo_labels
 from ml.__main__ import main
 from ml.config import ImageConfig
 from ml.errors import BadImage
@@ -143,3 +143,18 @@ def test_a_person_labels_and_evaluates_from_a_bucket_without_the_service(stored:
     assert codes == [0, 0, 1]
     assert '"ok": 13' in told.out
     assert "refused: s3://nowhere cannot be read: there is no bucket 'nowhere'" in told.err
+
+
+def test_a_client_answers_only_for_the_access_that_it_was_made_for(reads_objects: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = objects.Access(access_key_id="first"), objects.Access(access_key_id="second")
+
+    def make(access: objects.Access) -> str | None:
+        # As another thread does while this one waits for the modules of botocore.
+        objects.use(second)
+        return access.access_key_id
+
+    monkeypatch.setattr(objects, "_make_client", make)
+    objects.use(first)
+    made = [objects._client(), objects._client()]
+
+    assert made == ["first", "second"]
