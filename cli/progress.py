@@ -194,7 +194,12 @@ class _WaitingLines:
         kind = re.sub(r"\d+", "", reason)
         if reason and kind != self._told and time.monotonic() >= self._speak_at:
             self._told = kind
-            self._output.say(f"{self._doing}: job {job['id']} waits: {reason}")
+            self._output.say(f"{self._doing}: job {job['id']} {_describe_state(job)}")
+
+
+def _describe_state(job: dict[str, Any]) -> str:
+    reason = job.get("waiting_for") if job["status"] == "queued" else None
+    return f"waits: {reason}" if reason else str(job["status"])
 
 
 @contextmanager
@@ -217,9 +222,6 @@ def show_job_progress(output: Output, doing: str) -> Iterator[Callable[[dict[str
 
         def on_change(job: dict[str, Any]) -> None:
             found = job.get("progress") or {}
-            state = job.get("waiting_for") if job["status"] == "queued" else None
-            bars.update(
-                task, completed=found.get("done", 0), total=found.get("total"), state=f"waits for {state}" if state else job["status"]
-            )
+            bars.update(task, completed=found.get("done", 0), total=found.get("total"), state=_describe_state(job))
 
         yield on_change

@@ -145,9 +145,20 @@ def _event_numbers(session: Session) -> Found:
     per_run = sa.select(Event.run_id, sa.func.min(Event.run_number), sa.func.max(Event.run_number), sa.func.count(Event.run_number))
     per_run = per_run.where(Event.run_number.is_not(None)).group_by(Event.run_id)
     yield from _gaps(session, per_run, sa.select(Run.id, Run.num_events))
+    yield from _passed_over(session)
     foreign = sa.select(Event.job_id, Event.number).join(Job, Job.id == Event.job_id).where(Event.run_id.is_distinct_from(Job.run_id))
     for job_id, number in session.execute(foreign):
         yield job_id, f"event {number} belongs to another run than its job"
+
+
+def _passed_over(session: Session) -> Found:
+    """A job's events are numbered in their run in the job's order: none without a number comes before one that has its own."""
+    has_none = Event.run_number.is_(None)
+    first_without = sa.func.min(sa.case((has_none, Event.number)))
+    last_with = sa.func.max(sa.case((sa.not_(has_none), Event.number)))
+    of_runs = sa.select(Event.job_id, first_without, last_with).where(Event.run_id.is_not(None)).group_by(Event.job_id)
+    for job_id, first, last in session.execute(of_runs.having(first_without < last_with)):
+        yield job_id, f"event {first} has no number in its run, but event {last} has"
 
 
 def _gaps(session: Session, counted: sa.Executable, expected: sa.Executable) -> Found:

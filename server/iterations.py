@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from core import lifecycle
 from core.db.datasets import get_ready_version, get_version
-from core.db.runs import get_run, last_iteration, list_iterations, list_measured_generations, lock_run, move_run, start_iteration
+from core.db.runs import get_run, hold_run, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
 from core.db.tables import DatasetVersion, Run
 from core.errors import InvalidRequest, NotFound, WrongState
 from ml.config import NoiseConfig, Recipe, StudentConfig
@@ -103,8 +103,7 @@ def _find_pool(session: Session, run: Run, body: IterationRequest) -> DatasetVer
 
 
 def _start(session: Session, run_id: str, body: IterationRequest, pool: DatasetVersion, roots: tuple[Path, ...]) -> Answer:
-    get_run(session, run_id)
-    run = lock_run(session, run_id)
+    run = hold_run(session, run_id)
     last = last_iteration(session, run_id)
     if run.status not in ("active", "completed"):
         raise WrongState(f"run {run_id} is {run.status}; only an active or completed run can have one more iteration", status=run.status)

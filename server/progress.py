@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from core.db.events import list_job_events, list_run_events, order_events
+from core.db.events import list_job_events, list_run_events, order_events, order_events_of_one
 from core.db.session import AWAY, Database
 from core.db.tables import Event, Job, Run
 from core.errors import InvalidRequest, Overloaded
@@ -42,7 +42,10 @@ TAIL = 50
 READERS = 4
 """Streams that read rows at one moment: when hundreds come at once, other requests still find a thread."""
 ORDER_SECONDS = 1.0
-"""A reader waits this long for somebody who moves the run on just now, and then shows what was numbered before."""
+"""On PostgreSQL a reader waits this long for somebody who moves the run on just now, and then shows what was numbered before. On SQLite it
+waits its turn to write, as everybody does there."""
+ORDER_TURN_SECONDS = 0.25
+"""So long the poller numbers events of runs that are watched, while the streams of jobs wait for it."""
 _ROWS_A_QUERY = 100
 
 
@@ -176,7 +179,8 @@ class ProgressHub:
         marks: dict[Key, tuple[int, str]] = {}
         news: dict[Key, list[Line]] = {}
         watched = [(source, self._list_watched(source)) for source in (JOB_EVENTS, RUN_EVENTS)]
-        _try_to_order(self.database, *watched[1])
+        runs = watched[1][1]
+        _try_to_order(lambda: order_events(self.database, runs, for_seconds=ORDER_TURN_SECONDS))
         with self.database.reading() as session:
             for source, ids in watched:
                 table = source.table
@@ -266,17 +270,16 @@ def _last_event_id(request: Request) -> int:
 
 
 def _read(database: Database, source: Source, row_id: str, after: int, limit: int) -> EventPage:
-    _try_to_order(database, source, [row_id], wait_seconds=ORDER_SECONDS)
+    if source is RUN_EVENTS:
+        _try_to_order(lambda: order_events_of_one(database, row_id, wait_seconds=ORDER_SECONDS))
     with database.reading() as session:
         return read_events(session, source, row_id, after=after, limit=limit)
 
 
-def _try_to_order(database: Database, source: Source, row_ids: list[str], *, wait_seconds: float = 0.0) -> None:
+def _try_to_order(order: Callable[[], None]) -> None:
     """A run's new events get their numbers now. Where nothing can be written, as on a full disk, those that have theirs are still read."""
-    if source is not RUN_EVENTS:
-        return
     try:
-        order_events(database, row_ids, wait_seconds=wait_seconds)
+        order()
     except AWAY as error:
         get_log().warning("events.not_ordered", error=str(error).splitlines()[0])
 

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.cancellation import lock_open_jobs, request_cancel_all
+from core.db.cancellation import hold_open_jobs, request_cancel_all
 from core.db.deletion import delete_run
-from core.db.runs import create_run, get_run, last_iteration, list_iterations, lock_run, move_run
+from core.db.runs import create_run, get_run, hold_run, last_iteration, list_iterations, move_run
 from core.db.session import now
 from core.db.tables import Alias, Generation, Iteration, Job, PseudoLabelSet, Run
 from core.errors import InvalidRequest, WrongState
@@ -207,7 +207,7 @@ def pause_run(run_id: str, services: ServicesDep) -> RunView:
 def resume_run(run_id: str, services: ServicesDep) -> RunView:
     """Its waiting jobs may be started again."""
     with services.database.transaction() as session:
-        status = _locked(session, run_id).status
+        status = hold_run(session, run_id).status
         if status not in ("paused", "active"):
             raise WrongState(f"run {run_id} is {status}; only a paused run can be resumed", status=status)
         return show_run(session, move_run(session, run_id, "active"))
@@ -218,8 +218,8 @@ def cancel_run(run_id: str, services: ServicesDep) -> RunView:
     """Its waiting jobs are canceled at once, the running ones at their next heartbeat. What was made stays. Twice changes nothing."""
     with services.database.transaction() as session:
         # Jobs before their run, as everybody who writes both.
-        lock_open_jobs(session, Job.run_id == run_id)
-        _locked(session, run_id)
+        hold_open_jobs(session, Job.run_id == run_id)
+        hold_run(session, run_id)
         # Those, too, that the controller inserted while this waited for the run.
         request_cancel_all(session, Job.run_id == run_id)
         run = move_run(session, run_id, "canceled")
@@ -239,7 +239,7 @@ def extend_run(run_id: str, body: ExtendRequest, services: ServicesDep, once: On
     with services.database.transaction() as session:
 
         def extend() -> Answer:
-            run = _locked(session, run_id)
+            run = hold_run(session, run_id)
             if run.status not in ("active", "paused", "completed"):
                 raise WrongState(
                     f"run {run_id} is {run.status}; only an active, paused or completed run can be extended", status=run.status
@@ -273,12 +273,6 @@ def remove_run(run_id: str, services: ServicesDep) -> Response:
     for generation_id in generations:
         services.serving.predictor.forget(generation_id)
     return Response(status_code=204)
-
-
-def _locked(session: Session, run_id: str) -> Run:
-    """The run, held against other writers until the transaction ends."""
-    get_run(session, run_id)
-    return lock_run(session, run_id)
 
 
 @router.get("/runs/{run_id}/lineage", summary="Read the lineage", responses=problems(404))

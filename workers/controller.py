@@ -10,6 +10,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +19,11 @@ from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
 from core.db.events import order_events, order_events_of
-from core.db.pseudo_labels import enqueue_selection, list_unwritten_sets, write_next_jobs
-from core.db.runs import enqueue_training, last_iteration, list_iterations, list_measured_generations, lock_run, move_run, start_iteration
+from core.db.pseudo_labels import enqueue_selection, get_set, list_unwritten_sets, write_next_jobs
+from core.db.runs import enqueue_training, hold_run, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
-from core.errors import ServiceError
+from core.errors import NotFound, ServiceError
 from core.lifecycle import JOB_STATUSES, STEPS
 from core.logs import get_log
 from ml.config import Recipe
@@ -32,6 +33,8 @@ from ml.validation import build
 
 WRITING_SECONDS = 0.25
 """The rest of 30 000 labeling jobs is written in the next turns, while the first ones are worked on."""
+ORDERING_SECONDS = 0.5
+"""So long a turn numbers events; whoever reads a run's events does it for that run."""
 Move = Literal["select", "train", "finish", "next", "fail"]
 Statuses = Mapping[str, Collection[str]]
 """Step (of a run) or kind (of a set) → the statuses that its jobs have. Not how many: among 30 000 shards that end one by one,
@@ -96,9 +99,11 @@ def advance_all(database: Database) -> None:
     open_sets = PseudoLabelSet.status.in_(("labeling", "selecting"))
     with database.reading() as session:
         runs = list(session.scalars(sa.select(Run.id).where(Run.status == "active")))
+        # What still happens to a paused one's jobs is told, too.
+        told = [*runs, *session.scalars(sa.select(Run.id).where(Run.status == "paused"))]
         sets = list(session.scalars(sa.select(PseudoLabelSet.id).where(PseudoLabelSet.run_id.is_(None), open_sets)))
         versions = list(session.scalars(_versions_without_hope()))
-    order_events(database, runs)
+    order_events(database, told, for_seconds=ORDERING_SECONDS)
     for advance, ids in ((advance_run, runs), (advance_set, sets)):
         for identity in ids:
             _advance_alone(advance, database, identity)
@@ -110,20 +115,34 @@ def advance_all(database: Database) -> None:
 
 def write_jobs(database: Database) -> None:
     """Write down labeling jobs of sets that lack some, for a turn, a slice of each set after the other."""
-    end = time.monotonic() + WRITING_SECONDS
     with database.reading() as session:
         unwritten = deque(list_unwritten_sets(session))
     # Who had the first slice of one turn does not need the first of the next.
     unwritten.rotate(random.randrange(len(unwritten)) if unwritten else 0)
-    while unwritten and time.monotonic() < end:
+    end = time.monotonic() + WRITING_SECONDS
+    while unwritten:
         set_id = unwritten.popleft()
         if _advance_alone(_write_slice, database, set_id):
             unwritten.append(set_id)
+        # However slow the database is, a turn writes something.
+        if time.monotonic() >= end:
+            return
 
 
 def _write_slice(database: Database, set_id: str) -> bool:
-    with database.transaction() as session:
-        return write_next_jobs(session, set_id)
+    """True when more of the set is to be written. One that cannot be written fails, or the run to which it belongs."""
+    try:
+        with database.transaction() as session:
+            return write_next_jobs(session, set_id)
+    except _CANNOT_GO_ON as error:
+        get_log().exception("controller.set_failed", pseudo_label_set_id=set_id)
+        with database.reading() as session:
+            run_id = get_set(session, set_id).run_id
+        if run_id is None:
+            _fail_set(database, set_id)
+        else:
+            _fail_run(database, run_id, error)
+        return False
 
 
 def _advance_alone(advance: Callable[[Database, str], bool], database: Database, identity: str) -> bool:
@@ -132,8 +151,8 @@ def _advance_alone(advance: Callable[[Database, str], bool], database: Database,
         return advance(database, identity)
     except sa.exc.OperationalError:
         raise
-    except (sa.exc.SQLAlchemyError, *_CANNOT_GO_ON) as error:
-        get_log().error("controller.not_moved", id=identity, error=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    except (sa.exc.SQLAlchemyError, *_CANNOT_GO_ON):
+        get_log().exception("controller.not_moved", id=identity)
         return False
 
 
@@ -152,10 +171,15 @@ def advance_run(database: Database, run_id: str) -> bool:
         return _move_on(database, run_id)
     except _CANNOT_GO_ON as error:
         get_log().exception("controller.run_failed", run_id=run_id)
-        with database.transaction() as session:
-            if lock_run(session, run_id).status == "active":
-                move_run(session, run_id, "failed", error={"code": "run.cannot_go_on", "message": _tell(error)})
+        _fail_run(database, run_id, error)
         return True
+
+
+def _fail_run(database: Database, run_id: str, error: BaseException) -> None:
+    # One that was deleted meanwhile has nothing to say any more.
+    with suppress(NotFound), database.transaction() as session:
+        if hold_run(session, run_id).status == "active":
+            move_run(session, run_id, "failed", error={"code": "run.cannot_go_on", "message": _tell(error)})
 
 
 def _tell(error: BaseException) -> str:
@@ -168,7 +192,7 @@ def _move_on(database: Database, run_id: str) -> bool:
         if decide(read_facts(session, run_id)) is None:
             return False
     with database.transaction() as session:
-        run = lock_run(session, run_id)
+        run = hold_run(session, run_id)
         while (move := decide(read_facts(session, run_id))) is not None:
             iteration = last_iteration(session, run_id)
             _MOVES[move](session, run, iteration)
@@ -311,11 +335,15 @@ def advance_set(database: Database, set_id: str) -> bool:
         return _move_set_on(database, set_id)
     except _CANNOT_GO_ON:
         get_log().exception("controller.set_failed", pseudo_label_set_id=set_id)
-        with database.transaction() as session:
-            row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
-            if row.status in ("labeling", "selecting"):
-                row.status, row.finished_at = "failed", now(session)
+        _fail_set(database, set_id)
         return True
+
+
+def _fail_set(database: Database, set_id: str) -> None:
+    with database.transaction() as session:
+        row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+        if row is not None and row.status in ("labeling", "selecting"):
+            row.status, row.finished_at = "failed", now(session)
 
 
 def _move_set_on(database: Database, set_id: str) -> bool:

@@ -11,6 +11,7 @@ from bench.simulation.fates import count_fates, fates_of
 from bench.simulation.plan import Notes
 from bench.simulation.scene import Scene
 from cli.verify import find_defects
+from core.db.events import order_events
 from core.db.tables import Event, Generation, Job, OutboxMessage, StoredFile
 from core.storage import make_storage
 
@@ -41,6 +42,15 @@ def _wrong_counts(scene: Scene, notes: Notes) -> Iterator[str]:
             yield f"{what}: {notes.counts[what]}, but the seed says {number}"
 
 
+def _untold(scene: Scene) -> Iterator[str]:
+    """Whoever reads the run's events to their end reads all that happened in it."""
+    order_events(scene.database, [scene.run_id])
+    with scene.database.reading() as session:
+        untold = sa.select(sa.func.count()).where(Event.run_id == scene.run_id, Event.run_number.is_(None))
+        if num_untold := session.scalar(untold):
+            yield f"{num_untold} events are not told in the run"
+
+
 def _wrong_rows(scene: Scene) -> Iterator[str]:
     plan = scene.shared.plan
     with scene.database.reading() as session:
@@ -50,6 +60,7 @@ def _wrong_rows(scene: Scene) -> Iterator[str]:
         files = Counter(session.scalars(sa.select(StoredFile.name)))
         generations = session.scalar(sa.select(sa.func.count()).select_from(Generation))
         unpublished = session.scalar(sa.select(sa.func.count()).select_from(OutboxMessage).where(OutboxMessage.published_at.is_(None)))
+    yield from _untold(scene)
     jobs = list_jobs(plan.shards)
     for job in set(jobs) ^ rows.keys():
         yield f"job {job} is {'missing' if job in set(jobs) else 'one that nobody expects'}"

@@ -11,7 +11,7 @@ from core.db.session import now
 from core.db.tables import Job
 
 
-def lock_open_jobs(session: Session, *where: sa.ColumnElement[bool]) -> None:
+def hold_open_jobs(session: Session, *where: sa.ColumnElement[bool]) -> None:
     """Hold every queued or running job of which this holds until the transaction ends."""
     session.execute(sa.select(Job.id).where(*where, Job.status.in_(("queued", "running"))).order_by(Job.id).with_for_update())
 

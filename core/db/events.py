@@ -6,7 +6,11 @@ are committed, by whoever reads them or keeps house: two hundred workers of one 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -18,6 +22,8 @@ from core.db.tables import Event, Job, Json, Run, UtcDateTime
 
 ORDERED_AT_ONCE = 5000
 """Events that one transaction numbers."""
+_RUNS_AT_ONCE = 50
+"""Runs that one transaction looks at: a thousand runs that report must not cost a commit each, nor one transaction hold them all."""
 _ROWS_ONLY = {"synchronize_session": False}
 """Otherwise each UPDATE looks through all objects of the session, and enqueueing ten times as many jobs takes a hundred times as long."""
 
@@ -87,30 +93,54 @@ def append_same_event(session: Session, jobs: Sequence[CountedJob], item: tuple[
         session.execute(sa.insert(Event), rows)
 
 
-def order_events(database: Database, run_ids: Collection[str], *, wait_seconds: float = 0.0) -> None:
-    """Number what has happened in these runs since the last time; what somebody else numbers just now is left to them.
+def order_events(database: Database, run_ids: Collection[str], *, for_seconds: float = math.inf) -> None:
+    """Number what has happened in these runs since the last time; a run that somebody else holds just now is left to them.
 
     Only committed events are seen, and one transaction at a time numbers those of a run: no number is left out, and none comes later
-    than a higher one that somebody has read. `wait_seconds`: so long it waits for another who holds a run (PostgreSQL), and then raises.
+    than a higher one that somebody has read. What is not done after `for_seconds` is left to the next time.
     """
+    end = time.monotonic() + for_seconds
+    waiting = _list_unordered(database, run_ids)
+    # Whoever came last the last time may come first this time.
+    random.shuffle(waiting)
+    left = deque(waiting)
+    while left:
+        some = [left.popleft() for _ in range(min(_RUNS_AT_ONCE, len(left)))]
+        with database.transaction() as session:
+            left.extend(_order_some_of(session, some))
+        if time.monotonic() >= end:
+            return
+
+
+def _order_some_of(session: Session, run_ids: Collection[str]) -> Iterator[str]:
+    """Yields those of the runs that are not finished yet."""
+    # Nobody waits here, so who holds one run keeps no other from being told.
+    held = sa.select(Run.id).where(Run.id.in_(run_ids)).with_for_update(key_share=True, skip_locked=True)
+    room = ORDERED_AT_ONCE
+    for run_id in session.scalars(held).all():
+        count = _order_some(session, run_id) if room > 0 else ORDERED_AT_ONCE
+        room -= count
+        if count == ORDERED_AT_ONCE:
+            yield run_id
+
+
+def order_events_of_one(database: Database, run_id: str, *, wait_seconds: float) -> None:
+    """The same for one run, and for as long as it takes. On PostgreSQL, OperationalError when another holds the run for `wait_seconds`."""
+    while _list_unordered(database, [run_id]):
+        with database.transaction() as session:
+            if session.get_bind().dialect.name == "postgresql":
+                session.execute(sa.text(f"SET LOCAL lock_timeout = {round(1000 * wait_seconds)}"))
+            session.scalar(sa.select(Run.id).where(Run.id == run_id).with_for_update(key_share=True))
+            _order_some(session, run_id)
+
+
+def _list_unordered(database: Database, run_ids: Collection[str]) -> list[str]:
+    """Those of the runs that have events without a number."""
     if not run_ids:
-        return
+        return []
     with database.reading() as session:
         unordered = sa.exists().where(Event.run_id == Run.id, Event.run_number.is_(None))
-        waiting = list(session.scalars(sa.select(Run.id).where(Run.id.in_(run_ids), unordered).order_by(Run.id)))
-    for run_id in waiting:
-        # A run at a time, and nothing but its row: who holds one run keeps no other from being told.
-        while True:
-            with database.transaction() as session:
-                if not _hold_run(session, run_id, wait_seconds=wait_seconds) or _order_some(session, run_id) < ORDERED_AT_ONCE:
-                    break
-
-
-def _hold_run(session: Session, run_id: str, *, wait_seconds: float) -> bool:
-    if wait_seconds and session.get_bind().dialect.name == "postgresql":
-        session.execute(sa.text(f"SET LOCAL lock_timeout = {round(1000 * wait_seconds)}"))
-    held = sa.select(Run.id).where(Run.id == run_id).with_for_update(key_share=True, skip_locked=not wait_seconds)
-    return session.scalar(held) is not None
+        return list(session.scalars(sa.select(Run.id).where(Run.id.in_(run_ids), unordered)))
 
 
 def order_events_of(session: Session, run_id: str) -> None:

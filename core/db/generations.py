@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,7 +16,9 @@ from core.errors import NotReady, StillReferenced
 from core.ids import absent
 
 _ID = re.compile(r"gen_\w+")
-_REFERENCE = re.compile(r'"generation:([^"]+)"')
+_REFERENCE = "generation:"
+_REFERRING = ("initial_weights", "selection_model")
+"""Fields of a recipe or a plan that may name a generation; elsewhere, as in a recipe's name, the same letters mean nothing."""
 
 
 def register_generation(session: Session, job: Job, result: dict[str, Any]) -> Generation:
@@ -67,10 +68,23 @@ def hold_generation(session: Session, generation_id: str) -> None:
         raise absent("generation", generation_id)
 
 
-def hold_named_generations(session: Session, config: dict[str, Any]) -> None:
-    """The same for every generation that a recipe or a plan names, as `generation:ID`: as initial weights or as the one that selects."""
-    for generation_id in sorted(set(_REFERENCE.findall(json.dumps(config)))):
+def hold_generations(session: Session, generation_ids: Collection[str]) -> None:
+    """The same for several, in the order in which a run's are deleted: whoever needs more than one names them all at once."""
+    for generation_id in sorted(set(generation_ids)):
         hold_generation(session, generation_id)
+
+
+def named_generations(config: Any) -> Iterator[str]:
+    """The generations that a recipe or a plan names, as `generation:ID`: as initial weights, and as the one that selects."""
+    if isinstance(config, list | tuple):
+        for part in config:
+            yield from named_generations(part)
+    elif isinstance(config, dict):
+        for field, value in config.items():
+            if field in _REFERRING and isinstance(value, str) and value.startswith(_REFERENCE):
+                yield value.removeprefix(_REFERENCE)
+            else:
+                yield from named_generations(value)
 
 
 def list_referrers(session: Session, generation_id: str) -> list[str]:

@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from core import lifecycle
-from core.db.cancellation import lock_open_jobs, request_cancel_all
+from core.db.cancellation import hold_open_jobs, request_cancel_all
 from core.db.datasets import hold_version
 from core.db.files import name_files
-from core.db.generations import hold_generation
+from core.db.generations import hold_generations
 from core.db.jobs import SLICE, NewJob, enqueue, enqueue_many
 from core.db.session import now
 from core.db.tables import Job, PseudoLabelSet, Run, StoredFile
@@ -51,10 +51,9 @@ def create_set(
     Of more than a slice, the first ones and the last; `write_next_jobs` adds the rest. `reuse` off: every shard is labeled, also where
     the same labels were made before.
     """
-    for version_id in sorted(evaluation_version_ids):
+    for version_id in sorted({unlabeled_version_id, *evaluation_version_ids}):
         hold_version(session, version_id)
-    if selection_generation_id is not None:
-        hold_generation(session, selection_generation_id)
+    hold_generations(session, [one for one in (generation_id, selection_generation_id) if one is not None])
     row = PseudoLabelSet(
         id=new_id("pseudo_label_set"),
         status="labeling",
@@ -226,7 +225,7 @@ def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
     if row.run_id is not None:
         raise WrongState(f"pseudo-label set {set_id} belongs to run {row.run_id}; cancel the run")
     # Jobs before their set, as everybody who writes both.
-    lock_open_jobs(session, Job.pseudo_label_set_id == set_id)
+    hold_open_jobs(session, Job.pseudo_label_set_id == set_id)
     row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
     if row.status in ("ready", "failed"):
         raise WrongState(

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from core import lifecycle
 from core.db.events import order_events_of
-from core.db.generations import hold_generation, hold_named_generations
+from core.db.generations import hold_generations, named_generations
 from core.db.jobs import NewJob, enqueue, move_waiting
 from core.db.pseudo_labels import create_set
 from core.db.session import now
@@ -38,10 +38,9 @@ def create_run(
     priority: int = 0,
 ) -> tuple[Run, Job | None]:
     """Insert the run and generation 0's training job; with an initial generation, iteration 0 is done at once and there is no job."""
-    if initial_generation_id is not None:
-        hold_generation(session, initial_generation_id)
     # With an initial generation there is no teacher to train, and its weights are never opened.
-    hold_named_generations(session, recipe if initial_generation_id is None else recipe | {"teacher": None})
+    opened = recipe if initial_generation_id is None else recipe | {"teacher": None}
+    hold_generations(session, [*named_generations(opened), *([] if initial_generation_id is None else [initial_generation_id])])
     moment = now(session)
     run = Run(
         id=new_id("run"),
@@ -157,9 +156,10 @@ def start_iteration(
     """Insert the next iteration, its pseudo-label set and its labeling jobs. `plan`: student, control (bool), warnings."""
     number = last_iteration(session, run.id).number + 1
     recipe = run.recipe
-    hold_named_generations(session, plan)
     evaluation = [version for version in (run.validation_version_id, run.test_version_id) if version]
-    selection_model = recipe["labeling"].get("selection_model")
+    selection_generation_id = next(named_generations(recipe["labeling"]), None)
+    choosing = [] if selection_generation_id is None else [selection_generation_id]
+    hold_generations(session, [*named_generations(plan), teacher_generation_id, *choosing])
     row = create_set(
         session,
         generation_id=teacher_generation_id,
@@ -173,7 +173,7 @@ def start_iteration(
         evaluation_version_ids=evaluation,
         run_id=run.id,
         iteration=number,
-        selection_generation_id=selection_model.removeprefix("generation:") if selection_model else None,
+        selection_generation_id=selection_generation_id,
         keep_keys_of_set_id=keep_keys_of_set_id,
         priority=run.priority,
     )
@@ -202,12 +202,15 @@ def get_run(session: Session, run_id: str) -> Run:
     return run
 
 
-def lock_run(session: Session, run_id: str) -> Run:
-    """The run, held against other writers until the transaction ends.
+def hold_run(session: Session, run_id: str) -> Run:
+    """The run, held against other writers until the transaction ends; NotFound when it is gone.
 
     Not against who only refers to it: a claim or a new job of the run must not wait, for a controller that may wait for that job.
     """
-    return session.get_one(Run, run_id, with_for_update={"key_share": True}, populate_existing=True)
+    run = session.get(Run, run_id, with_for_update={"key_share": True}, populate_existing=True)
+    if run is None:
+        raise absent("run", run_id)
+    return run
 
 
 def list_iterations(session: Session, run_id: str) -> list[Iteration]:

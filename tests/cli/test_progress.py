@@ -16,14 +16,17 @@ JOBS = [
 
 
 class Asked:
-    """The run's jobs, and how often somebody asked for them."""
+    """The run's jobs, newest first as the API lists them, how often somebody asked for them and how many of them they read."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.jobs = JOBS[::-1]
+        self.times = self.read = 0
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         self.times += 1
-        return iter(JOBS)
+        for job in self.jobs:
+            self.read += 1
+            yield job
 
 
 def event(job_id: str, kind: str, **data: Any) -> StreamEvent:
@@ -35,6 +38,32 @@ def progress_of(*events: StreamEvent) -> RunProgress:
     for one in events:
         progress.apply(one)
     return progress
+
+
+def test_only_jobs_that_are_new_are_read_when_an_unknown_one_reports() -> None:
+    asked = Asked()
+    progress = RunProgress(asked)
+    progress.apply(event("shard-1", "queued"))
+    asked.jobs.insert(0, {"id": "select", "iteration": 1, "step": "select"})
+    asked.read = 0
+
+    stage = progress.apply(event("select", "queued"))
+
+    assert stage is not None
+    assert stage.title == progress.stages[1, "select"].title
+    # The new one, and the first that was known before.
+    assert asked.read == 2
+
+
+def test_a_job_that_a_clock_behind_made_is_found_among_the_known_ones() -> None:
+    asked = Asked()
+    progress = RunProgress(asked)
+    progress.apply(event("shard-1", "queued"))
+    asked.jobs.insert(2, {"id": "select", "iteration": 1, "step": "select"})
+
+    stage = progress.apply(event("select", "queued"))
+
+    assert stage is progress.stages[1, "select"]
 
 
 def test_a_training_tells_rate_time_left_loss_and_accuracy() -> None:

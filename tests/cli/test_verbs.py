@@ -191,10 +191,12 @@ def test_a_log_is_told_once_why_a_job_waits(
     output = Output(as_json=False)
 
     with progress.show_job_progress(output, "reading photos") as on_change:
-        on_change(waiting)
+        on_change(waiting | {"waiting_for": "30 jobs come before it"})
+        on_change(waiting | {"waiting_for": "29 jobs come before it"})
         on_change(waiting)
 
-    assert capsys.readouterr().out == f"reading photos: job {waiting['id']} waits: no worker with capability cuda\n"
+    told = [line.removeprefix(f"reading photos: job {waiting['id']} waits: ") for line in capsys.readouterr().out.splitlines()]
+    assert told == ["30 jobs come before it", "no worker with capability cuda"]
 
 
 def test_predict_before_any_promotion_says_what_to_do(call: Call, tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def remove_a_metric(session: Session, history: History) -> object:
     return session.execute(sa.delete(Event).where(*event_of(history, "metric")).execution_options(synchronize_session=False))
 
 
+def lose_a_place_in_the_run(session: Session, history: History) -> object:
+    events = Event.run_id == history.run_id
+    options = {"synchronize_session": False}
+    session.execute(sa.update(Event).where(events, Event.run_number == 1).values(run_number=None), execution_options=options)
+    # The others close up, one at a time: their numbers are unique.
+    numbers = sa.select(Event.run_number).where(events, Event.run_number.is_not(None)).order_by(Event.run_number)
+    for number in session.scalars(numbers).all():
+        session.execute(sa.update(Event).where(events, Event.run_number == number).values(run_number=number - 1), execution_options=options)
+    return session.execute(sa.update(Run).where(Run.id == history.run_id).values(num_events=Run.num_events - 1), execution_options=options)
+
+
 def forget_the_weights(session: Session, history: History) -> object:
     return session.execute(sa.update(Generation).where(Generation.id == history.teacher_id).values(digest="0" * 64))
 
@@ -111,6 +122,7 @@ DEFECTS: dict[str, tuple[Plant, str]] = {
     "a token that does not rise": (start_with_an_old_token, "job histories"),
     "a move after the end": (go_on_after_the_end, "job histories"),
     "a missing event": (remove_a_metric, "event numbers"),
+    "an event that its run passes over": (lose_a_place_in_the_run, "event numbers"),
     "other weights than the row says": (forget_the_weights, "generations"),
     "a generation of a failed job": (forget_that_the_job_succeeded, "generations"),
     "a row that its history does not lead to": (forget_that_the_job_succeeded, "job histories"),

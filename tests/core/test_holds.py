@@ -40,9 +40,9 @@ def begin_a_set(session: Session, chooser: str, pool: str, kept_out: str, teache
     )
 
 
-def begin_a_run(session: Session, weights: str, pool: str, _kept_out: str, _teacher: str, **network: Any) -> object:
+def begin_a_run(session: Session, weights: str, pool: str, _kept_out: str, _teacher: str, name: str = "run", **network: Any) -> object:
     network = network or {"initial_weights": f"generation:{weights}"}
-    recipe = build_recipe("digits", {"name": "oxygen_study", "students": [{"network": network}]})
+    recipe = build_recipe("digits", {"name": name, "students": [{"network": network}]})
     version = get_version(session, pool)
     facts: dict[str, Any] = {"labeled": version, "unlabeled": version, "validation": None, "test": None, "initial_generation_id": None}
     return create_run(session, name="run", recipe=to_dict(recipe), iterations=1, **facts)
@@ -77,10 +77,13 @@ def refuse_to_wait(database: Database, delete: Callable[[Session], object]) -> N
         session.rollback()
 
 
-def test_a_folder_whose_name_looks_like_a_generation_is_none(sqlite_url: str) -> None:
+@pytest.mark.parametrize(
+    "looks", [{"initial_weights": "local-dir:/models/hydrogen_b0"}, {"initial_weights": "teacher", "name": "generation:0"}]
+)
+def test_what_only_looks_like_a_generation_is_none(looks: dict[str, str], sqlite_url: str) -> None:
     database = Database(sqlite_url)
     pool = add_pool(database, FILE, 4, name="pool")
 
     with database.transaction() as session:
-        begin_a_run(session, "", pool, "", "", initial_weights="local-dir:/models/hydrogen_b0")
+        begin_a_run(session, "", pool, "", "", **looks)
     database.close()

@@ -9,11 +9,12 @@ import pytest
 import sqlalchemy as sa
 
 from core.db import events, jobs
-from core.db.events import list_run_events, order_events
-from core.db.runs import lock_run, move_run
+from core.db.events import list_run_events, order_events, order_events_of_one
+from core.db.runs import hold_run, move_run
 from core.db.session import Database
 from core.db.tables import Event, Job, Run
-from tests.workers.test_controller import add_run
+from tests.workers.test_controller import add_run, finish_next
+from workers.controller import advance_all, advance_run
 
 
 def add_running(database: Database, run_id: str, count: int) -> list[Job]:
@@ -99,14 +100,14 @@ def test_who_moves_a_run_keeps_no_worker_of_it_waiting_and_no_reader_for_long(po
     before = read_numbers(database, run_id)
 
     with database.transaction() as mover:
-        lock_run(mover, run_id)
+        hold_run(mover, run_id)
         with database.transaction() as session:
             session.execute(sa.text("SET LOCAL lock_timeout = '100ms'"))
             # Its row is written twice, and PostgreSQL then looks whether the run is still there.
             assert jobs.report(session, job.id, token=job.token, items=[("metric", {})])
         order_events(database, [run_id])
         with pytest.raises(sa.exc.OperationalError):
-            order_events(database, [run_id], wait_seconds=0.1)
+            order_events_of_one(database, run_id, wait_seconds=0.1)
     assert read_numbers(database, run_id) == before
     order_events(database, [run_id])
 
@@ -137,6 +138,62 @@ def test_many_at_once_number_the_same_events_once(database: Database, monkeypatc
         assert numbers == list(range(1, len(numbers) + 1))
     with database.reading() as session:
         assert session.scalar(sa.select(sa.func.count()).where(Event.run_number.is_(None))) == 0
+
+
+def test_what_is_not_numbered_in_time_is_numbered_the_next_time(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_RUNS_AT_ONCE", 1)
+    runs = [add_run(database, of=of) for of in ("", None, None)]
+    for run_id in runs:
+        report(database, add_running(database, run_id, 1)[0], 1, 2, 3)
+
+    numbered = []
+    for _ in runs:
+        order_events(database, runs, for_seconds=0)
+        numbered.append(sum(len(read_numbers(database, run_id)) > 1 for run_id in runs))
+
+    assert numbered == [1, 2, 3]
+
+
+def test_a_run_with_more_events_than_a_transaction_takes_is_numbered_to_its_end(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "ORDERED_AT_ONCE", 2)
+    runs = [add_run(database, of=of) for of in ("", None)]
+    for run_id in runs:
+        report(database, add_running(database, run_id, 1)[0], *range(5))
+
+    order_events(database, runs)
+
+    for run_id in runs:
+        with database.reading() as session:
+            there = session.scalar(sa.select(sa.func.count()).where(Event.run_id == run_id))
+        assert [number for _, _, number in read_numbers(database, run_id)] == list(range(1, (there or 0) + 1))
+
+
+def test_whoever_begins_a_run_or_moves_it_on_leaves_its_events_numbered(database: Database) -> None:
+    unordered = sa.select(Event.kind).where(Event.run_number.is_(None))
+
+    run_id = add_run(database)
+    with database.reading() as session:
+        assert session.scalars(unordered).all() == []
+    assert finish_next(database) == "train-teacher"
+    assert advance_run(database, run_id)
+
+    with database.reading() as session:
+        assert session.scalars(unordered).all() == []
+        assert session.get_one(Run, run_id).num_events == len(read_numbers(database, run_id)) > 4
+
+
+def test_a_paused_runs_events_are_numbered_by_housekeeping(database: Database) -> None:
+    run_id = add_run(database)
+    job = add_running(database, run_id, 1)[0]
+    with database.transaction() as session:
+        move_run(session, run_id, "paused")
+    report(database, job, 7)
+
+    advance_all(database)
+
+    assert (job.id, 3) in {(job_id, number) for job_id, number, _ in read_numbers(database, run_id)}
 
 
 def test_whoever_sees_the_end_of_a_run_finds_every_event_before_it_numbered(database: Database) -> None:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from cli.verify import find_defects
+from core.db.events import order_events
 from core.db.tables import (
     Dataset,
     DatasetVersion,
@@ -56,6 +57,7 @@ def judge(stage: Stage, ledger: Ledger, *, known_jobs: set[str]) -> Verdict:
         verdict.doubled += _generations(session)
         verdict.doubled += _labels(session, stage)
         verdict.lost += _moves(session, ledger)
+    verdict.lost += _untold(stage)
     defects = find_defects(stage.database, stage.storage, orphan_seconds=stage.settings.orphan_grace_seconds)
     verdict.broken += [f"{one.check}: {one.subject} {one.message}" for one in defects]
     return verdict
@@ -123,6 +125,16 @@ def _repeated_events(session: Session) -> Found:
     for (job_id, attempt, kind, data), count in told.items():
         if count > 1:
             yield f"attempt {attempt} of job {job_id} has {count} times the {kind} {data[:200]}"
+
+
+def _untold(stage: Stage) -> Found:
+    """Whoever reads a run's events to their end reads all that happened in it."""
+    with stage.database.reading() as session:
+        runs = list(session.scalars(sa.select(Run.id)))
+    order_events(stage.database, runs)
+    with stage.database.reading() as session:
+        for event in session.scalars(sa.select(Event).where(Event.run_id.is_not(None), Event.run_number.is_(None))):
+            yield f"event {event.number} of job {event.job_id} ({event.kind}) is not told in run {event.run_id}"
 
 
 def _generations(session: Session) -> Found:

@@ -12,7 +12,7 @@ from core.db.pseudo_labels import HELD_UNTIL, cancel_set, get_set, list_unwritte
 from core.db.session import Database
 from core.db.tables import Event, Job
 from tests.workers.builders_reuse import add_generation, add_pool, new_number, shards_of, start_set
-from tests.workers.test_controller import add_run, play, read_run
+from tests.workers.test_controller import add_run, finish_next, play, read_run
 from workers import controller
 
 FILE = {"digest": "0" * 64, "num_bytes": 1}
@@ -145,6 +145,54 @@ def test_a_held_shard_that_was_canceled_and_tried_again_does_not_stand_for_the_m
     assert read_places(database, set_id) == [("label", 4 * place) for place in range(8)]
     assert label_what_waits(database) == 4
     assert controller.advance_set(database, set_id)
+
+
+def test_on_the_slowest_database_a_turn_writes_a_slice(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "WRITING_SECONDS", 0.0)
+    set_id = add_set(database, shards=8)
+
+    written = []
+    for _ in range(2):
+        controller.write_jobs(database)
+        written.append(len(shards_of(database, set_id)))
+
+    assert written == [7, 8]
+
+
+def spoil(database: Database, set_id: str) -> None:
+    """As a set that a newer version wrote."""
+    with database.transaction() as session:
+        get_set(session, set_id).labeling = {}
+
+
+def test_a_set_of_its_own_that_cannot_be_written_fails(database: Database) -> None:
+    set_id = add_set(database, shards=8)
+    spoil(database, set_id)
+
+    controller.write_jobs(database)
+
+    with database.reading() as session:
+        assert get_set(session, set_id).status == "failed"
+        assert list_unwritten_sets(session) == []
+
+
+def test_a_run_whose_set_cannot_be_written_fails_and_says_so_and_its_set_waits(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SLICE", 1)
+    monkeypatch.setattr(pseudo_labels, "SLICE", 1)
+    run_id = add_run(database)
+    finish_next(database)
+    assert controller.advance_run(database, run_id)
+    with database.reading() as session:
+        [set_id] = list_unwritten_sets(session)
+    spoil(database, set_id)
+
+    controller.write_jobs(database)
+
+    run = read_run(database, run_id)
+    assert (run.status, (run.error or {})["code"]) == ("failed", "run.cannot_go_on")
+    with database.reading() as session:
+        assert get_set(session, set_id).status == "labeling"
+        assert list_unwritten_sets(session) == []
 
 
 def test_the_held_shard_goes_where_its_set_goes(sqlite_url: str) -> None:
