@@ -15,8 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from core.db import jobs as rows
 from core.db.events import list_metrics
 from core.db.files import list_files
-from core.db.runs import get_run, move_run
-from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet
+from core.db.pseudo_labels import hold_set
+from core.db.runs import hold_run, move_run
+from core.db.tables import DatasetVersion, Iteration, Job
 from core.errors import NotFound, WrongState
 from server.dependencies import Services, ServicesDep, make_router
 from server.idempotency import OnceDep
@@ -123,7 +124,8 @@ def _retry(session: Session, job_id: str) -> Job:
     for companion_id in companions:
         rows.retry(session, companion_id)
     if job.run_id is not None:
-        run = get_run(session, job.run_id)
+        # Whoever gives the run up because of this job does so before this, or looks at the job again afterwards.
+        run = hold_run(session, job.run_id)
         if run.status == "canceled":
             raise WrongState(f"job {job_id} belongs to run {run.id}, which is canceled for good", status=run.status)
         if run.status in ("failed", "completed"):
@@ -133,9 +135,9 @@ def _retry(session: Session, job_id: str) -> Job:
         this = sa.update(Iteration).where(Iteration.run_id == job.run_id, Iteration.number == job.iteration, over)
         session.execute(this.values(phase=phase, finished_at=None))
     if job.pseudo_label_set_id is not None and job.kind in ("label", "select"):
-        over = PseudoLabelSet.status.in_(("failed", "canceled"))
-        this_set = sa.update(PseudoLabelSet).where(PseudoLabelSet.id == job.pseudo_label_set_id, over)
-        session.execute(this_set.values(status=PHASE_OF_STEP["label" if job.kind == "label" else "select"], finished_at=None))
+        row = hold_set(session, job.pseudo_label_set_id)
+        if row.status in ("failed", "canceled"):
+            row.status, row.finished_at = PHASE_OF_STEP["label" if job.kind == "label" else "select"], None
     failed = sa.update(DatasetVersion).where(DatasetVersion.job_id == job_id, DatasetVersion.status == "failed")
     session.execute(failed.values(status="pending"))
     return job

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from core.db.datasets import get_version
 from core.db.events import order_events, order_events_of
-from core.db.pseudo_labels import enqueue_selection, get_set, list_unwritten_sets, write_next_jobs
+from core.db.pseudo_labels import enqueue_selection, get_set, hold_set, list_unwritten_sets, write_next_jobs
 from core.db.runs import enqueue_training, hold_run, last_iteration, list_iterations, list_measured_generations, move_run, start_iteration
 from core.db.session import Database, now
 from core.db.tables import DatasetVersion, Iteration, Job, PseudoLabelSet, Run
@@ -340,9 +340,9 @@ def advance_set(database: Database, set_id: str) -> bool:
 
 
 def _fail_set(database: Database, set_id: str) -> None:
-    with database.transaction() as session:
-        row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
-        if row is not None and row.status in ("labeling", "selecting"):
+    with suppress(NotFound), database.transaction() as session:
+        row = hold_set(session, set_id)
+        if row.status in ("labeling", "selecting"):
             row.status, row.finished_at = "failed", now(session)
 
 
@@ -351,7 +351,7 @@ def _move_set_on(database: Database, set_id: str) -> bool:
         if _decide_set_row(session, session.get_one(PseudoLabelSet, set_id)) is None:
             return False
     with database.transaction() as session:
-        row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+        row = hold_set(session, set_id)
         move = _decide_set_row(session, row)
         if move == "select":
             enqueue_selection(session, row)

@@ -78,13 +78,18 @@ def add_version(session: Session, dataset: Dataset, *, source: dict[str, Any], i
 
     `source` has a `folder`, or a `path` with `format` and `split`.
     """
+    # Held: were the newest version deleted between these two looks, its number would be given again.
+    held = sa.select(Dataset.last_number).where(Dataset.id == dataset.id).with_for_update(key_share=True)
+    last_number = session.scalar(held)
+    if last_number is None:
+        raise absent("dataset", dataset.id)
     number = session.scalar(
         sa.select(sa.func.coalesce(sa.func.max(DatasetVersion.number), 0)).where(DatasetVersion.dataset_id == dataset.id)
     )
     version = DatasetVersion(
         id=new_id("dataset_version"),
         dataset_id=dataset.id,
-        number=max(number or 0, dataset.last_number) + 1,
+        number=max(number or 0, last_number) + 1,
         status="pending",
         source=source,
         created_at=now(session),

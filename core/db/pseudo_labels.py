@@ -205,12 +205,20 @@ def get_set(session: Session, set_id: str) -> PseudoLabelSet:
     return row
 
 
+def hold_set(session: Session, set_id: str) -> PseudoLabelSet:
+    """The set, held against other writers until the transaction ends; NotFound when it is gone."""
+    row = session.get(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    if row is None:
+        raise absent("pseudo-label set", set_id)
+    return row
+
+
 def finish_set(session: Session, set_id: str, *, files: dict[str, dict[str, Any]], report: dict[str, Any]) -> None:
     """Selection succeeded: the set can be read and trained on. `files`: selected.parquet, and items.parquet with every guess.
 
     One that was canceled meanwhile stays so.
     """
-    row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    row = hold_set(session, set_id)
     if row.status == "canceled":
         return
     row.status = "ready"
@@ -226,7 +234,7 @@ def cancel_set(session: Session, set_id: str) -> PseudoLabelSet:
         raise WrongState(f"pseudo-label set {set_id} belongs to run {row.run_id}; cancel the run")
     # Jobs before their set, as everybody who writes both.
     hold_open_jobs(session, Job.pseudo_label_set_id == set_id)
-    row = session.get_one(PseudoLabelSet, set_id, with_for_update=True, populate_existing=True)
+    row = hold_set(session, set_id)
     if row.status in ("ready", "failed"):
         raise WrongState(
             f"pseudo-label set {set_id} is already {row.status}; only one that is still made can be canceled", status=row.status
