@@ -75,9 +75,7 @@ GOALS: tuple[Goal, ...] = (
     _most("manifest-paging", "ingestion", "page of a manifest of 10 M images: last ÷ first, median", 1.5, ""),
     _most("simulate-controller-pass", "simulate", "longest controller pass, 30 000 shards and 200 simulated workers", 1, "s"),
     _most("simulate-reads-p99", "simulate", "99th percentile of the slowest API read meanwhile", 50, "ms"),
-    _most(
-        "simulate-growth", "simulate", "a pass, relay, claim, report or end near the end of 30 000 shards ÷ the same among 3 000", 1.5, ""
-    ),
+    _most("simulate-growth", "simulate", "a turn, claim, report or end late among 30 000 shards ÷ late among 3 000", 1.5, ""),
 )
 
 BY_HAND: tuple[str, ...] = ("promotions", "scale", "streams", "slots", "claims", "shards", "ingestion", "simulate")

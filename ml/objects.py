@@ -55,8 +55,8 @@ class Listed(NamedTuple):
 _access = Access()
 _lock = threading.Lock()
 _clients: dict[Access, Any] = {}
-_readable: set[str] = set()
-"""Buckets of which this process has read an object: there, a single one that is denied is that object's matter."""
+_readable: set[tuple[Access, str]] = set()
+"""Buckets of which this process has read an object so: there, a single one that is denied is that object's matter."""
 
 
 def use(access: Access) -> None:
@@ -96,6 +96,8 @@ def read(address: str, *, start: int = 0, length: int | None = None, most: int |
     if length == 0:
         return b""
     bucket, key = split_address(address)
+    # Once: another thread may call `use` meanwhile.
+    access = _access
     request: dict[str, Any] = {"Bucket": bucket, "Key": key}
     if length is not None:
         request["Range"] = f"bytes={start}-{start + length - 1}"
@@ -103,22 +105,22 @@ def read(address: str, *, start: int = 0, length: int | None = None, most: int |
         request["IfMatch"] = etag
     try:
         with store_errors(address):
-            data = _get(request, address, most)
+            data = _get(access, request, address, most)
     except BeyondEnd:
         return b""
     except Denied as error:
-        _explain_denial(bucket, key, error)
+        _explain_denial(access, bucket, key, error)
         raise PermissionError(errno.EACCES, f"the store denies it ({error.code})", address) from error
-    _readable.add(bucket)
+    _readable.add((access, bucket))
     return data
 
 
-def _get(request: dict[str, Any], address: str, most: int | None) -> bytes:
+def _get(access: Access, request: dict[str, Any], address: str, most: int | None) -> bytes:
     """One answer, whole; one that breaks off is asked for again."""
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
-    for left in reversed(range(_access.attempts)):
-        answer = _client().get_object(**request)
+    for left in reversed(range(access.attempts)):
+        answer = _client(access).get_object(**request)
         with closing(answer["Body"]) as body:
             if "Range" in request and "ContentRange" not in answer:
                 raise StoreRefused(f"{address}: the store sends whole objects only, so that no part can be read", path=address)
@@ -133,11 +135,11 @@ def _get(request: dict[str, Any], address: str, most: int | None) -> bytes:
     raise AssertionError("at least one attempt is made")
 
 
-def _explain_denial(bucket: str, key: str, error: Denied) -> None:
+def _explain_denial(access: Access, bucket: str, key: str, error: Denied) -> None:
     """Stores deny what is not there to those who may not list, and everything to those who may nothing."""
     if find(f"{SCHEME}{bucket}/{key}") is None:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", f"{SCHEME}{bucket}/{key}") from error
-    if bucket not in _readable:
+    if (access, bucket) not in _readable:
         raise StoreRefused(
             f"{error}; reading needs s3:GetObject on the objects and s3:ListBucket on the bucket", code=error.code
         ) from error
@@ -152,7 +154,7 @@ def list_objects(address: str, *, deep: bool = True, start: str = "") -> Iterato
     prefix = f"{key}/" if key else ""
     request = {"Bucket": bucket, "Prefix": prefix + start} | ({} if deep else {"Delimiter": "/"})
     with store_errors(address):
-        for page in _client().get_paginator("list_objects_v2").paginate(**request):
+        for page in _client(_access).get_paginator("list_objects_v2").paginate(**request):
             for item in page.get("Contents", ()):
                 yield Listed(item["Key"][len(prefix) :], item["Size"])
             for item in page.get("CommonPrefixes", ()):
@@ -169,9 +171,7 @@ def find(address: str) -> int | None:
     return next((found.num_bytes for found in beginning if found.name == name), None)
 
 
-def _client() -> Any:
-    # Once: while a client is made, another thread may call `use`.
-    access = _access
+def _client(access: Access) -> Any:
     with _lock:
         if access not in _clients:
             _clients[access] = _make_client(access)
@@ -214,11 +214,12 @@ class ObjectFile(io.RawIOBase):
         """OSError when it is not there."""
         super().__init__()
         bucket, key = split_address(address)
+        access = _access
         try:
             with store_errors(address):
-                head = _client().head_object(Bucket=bucket, Key=key)
+                head = _client(access).head_object(Bucket=bucket, Key=key)
         except Denied as error:
-            _explain_denial(bucket, key, error)
+            _explain_denial(access, bucket, key, error)
             raise PermissionError(errno.EACCES, f"the store denies it ({error.code})", address) from error
         self.name, self.size = address, int(head["ContentLength"])
         self.etag = head.get("ETag")

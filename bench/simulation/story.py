@@ -96,10 +96,8 @@ def middle(values: Sequence[float]) -> float:
 
 def describe_work(story: Story) -> list[dict[str, Any]]:
     """What each kind of write and turn took, at the beginning and at the end."""
-    kinds = {"controller in a turn": story.controller(), "whole turn": story.times("turn")}
-    kinds |= {name: story.times(name) for name in (*PARTS, *WORK)}
     rows = []
-    for name, times in kinds.items():
+    for name, times in _kinds(story).items():
         everything = [seconds for _, seconds in times]
         rows.append(
             {
@@ -132,11 +130,20 @@ def describe_reads(story: Story) -> list[dict[str, Any]]:
 
 
 def growth(small: Story, large: Story) -> dict[str, float]:
-    """By kind of work: its median in the last tenth of the large run ÷ its median in the small one. 1: the whole grows as the shards do."""
+    """By kind of work: its median in the last tenth of the large run ÷ that in the last tenth of the small one.
+
+    1: the whole grows as the shards do. Beginnings are left out: there the jobs are still being written down, in both.
+    """
     found = {}
-    for name in ("controller in a turn", "relay", "lose jobs", *WORK):
-        one, other = (story.controller() if name == "controller in a turn" else story.times(name) for story in (small, large))
-        last, before = large.during(other, 0.9, 1.0), small.during(one)
+    of_both = [_kinds(story) for story in (small, large)]
+    for name in of_both[0]:
+        before, last = (story.during(kinds[name], 0.9, 1.0) for story, kinds in zip((small, large), of_both, strict=True))
         if min(len(last), len(before)) >= FEWEST:
             found[name] = middle(last) / middle(before)
     return found
+
+
+def _kinds(story: Story) -> dict[str, list[tuple[float, float]]]:
+    """(when, seconds) of everything that is timed, by its name."""
+    times = {"controller in a turn": story.controller(), "whole turn": story.times("turn")}
+    return times | {name: story.times(name) for name in (*PARTS, *WORK)}

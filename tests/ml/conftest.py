@@ -52,14 +52,14 @@ def bucket(s3_server: S3Server) -> Path:
 
 
 @pytest.fixture
-def asked(reads_objects: None) -> Iterator[list[str]]:
+def asked(reads_objects: None, s3_server: S3Server) -> Iterator[list[str]]:
     """What this process asks objects for: a range of bytes, or nothing for all of them."""
     ranges: list[str] = []
 
     def note(params: dict[str, Any], **_: Any) -> None:
         ranges.append(params["headers"].get("Range", ""))
 
-    events = objects._client().meta.events
+    events = objects._client(access_to(s3_server)).meta.events
     events.register("before-call.s3.GetObject", note)
     yield ranges
     events.unregister("before-call.s3.GetObject", note)

@@ -12,7 +12,7 @@ import torch
 from ml import decoding, objects, pseudo_labels
 from ml.__main__ import main
 from ml.config import ImageConfig
-from ml.errors import BadImage
+from ml.errors import BadImage, StoreRefused
 from ml.ingestion import ingest, scan
 from ml.locations import read_bytes
 from ml.manifest import Manifest
@@ -23,7 +23,7 @@ from ml.sources.listing import Notes
 from tests.builders_services import S3Server
 from tests.ml import builders_sources as builders
 from tests.ml.builders_generations import build_generation
-from tests.ml.builders_objects import settle, training_batches
+from tests.ml.builders_objects import access_to, settle, training_batches
 from tests.ml.builders_sources import LAYOUTS
 from tests.ml.test_layouts import build_task
 
@@ -145,16 +145,23 @@ def test_a_person_labels_and_evaluates_from_a_bucket_without_the_service(stored:
     assert "refused: s3://nowhere cannot be read: there is no bucket 'nowhere'" in told.err
 
 
-def test_a_client_answers_only_for_the_access_that_it_was_made_for(reads_objects: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = objects.Access(access_key_id="first"), objects.Access(access_key_id="second")
+def test_what_another_thread_asks_for_meanwhile_changes_no_request(
+    stored: dict[str, str], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when one waits for the modules of botocore and another one calls `use`."""
+    address = scan(stored["folder"], kind="unlabeled")[0].locations()[0].path
+    make = objects._make_client
 
-    def make(access: objects.Access) -> str | None:
-        # As another thread does while this one waits for the modules of botocore.
-        objects.use(second)
-        return access.access_key_id
+    def make_slowly(access: objects.Access) -> Any:
+        objects.use(access_to(s3_server, secret_access_key="wrong"))
+        return make(access)
 
-    monkeypatch.setattr(objects, "_make_client", make)
-    objects.use(first)
-    made = [objects._client(), objects._client()]
+    monkeypatch.setattr(objects, "_make_client", make_slowly)
+    monkeypatch.setattr(objects, "_clients", {})
 
-    assert made == ["first", "second"]
+    found = objects.read(address)
+    with pytest.raises(StoreRefused, match="refuses"):
+        objects.read(address)
+    objects.use(access_to(s3_server))
+
+    assert objects.read(address) == found
