@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -113,14 +114,13 @@ class Backup:
                     for row in found:
                         file.write(json.dumps(dict(row), default=datetime.isoformat, ensure_ascii=False) + "\n")
                         counts[table.name] += 1
-                self._keep_holding()
+                self._refuse_a_lapse()
             files = sa.select(StoredFile.digest).where(_kept(StoredFile.__table__)).distinct()
             return counts, sorted(session.scalars(files))
 
     def _copy_files(self, files: list[str], target: Storage) -> None:
-        for number, digest in enumerate(telling(files, self.output, "files copied")):
-            if number % 50 == 0:
-                self._keep_holding()
+        for digest in telling(files, self.output, "files copied"):
+            self._refuse_a_lapse()
             kept = target.put(self.storage.fetch(digest))
             if kept["digest"] != digest:
                 target.remove(kept["digest"])
@@ -128,20 +128,42 @@ class Backup:
 
     @contextlib.contextmanager
     def _holding_the_sweep(self) -> Iterator[None]:
-        self._keep_holding()
+        """Renewed by a thread: one large file may take longer to copy than the lease lasts."""
+        if not self._hold():
+            raise SetupError("another backup of this service is being made; wait for its end")
+        done = threading.Event()
+        keeper = threading.Thread(target=self._keep_holding, args=(done,), name="backup-lease", daemon=True)
+        keeper.start()
         try:
             yield
+            self._refuse_a_lapse()
         finally:
+            done.set()
+            keeper.join()
             with self.database.transaction() as session:
                 release_singleton(session, BACKUP, holder=self._holder)
 
-    def _keep_holding(self) -> None:
-        if self._held_until - time.monotonic() > HOLD_SECONDS / 2:
-            return
+    def _keep_holding(self, done: threading.Event) -> None:
+        while not done.wait(HOLD_SECONDS / 4):
+            # A database that is away is asked again, until the lease has lapsed.
+            with contextlib.suppress(sa.exc.SQLAlchemyError):
+                if time.monotonic() > self._held_until or not self._hold():
+                    return
+
+    def _hold(self) -> bool:
+        asked_at = time.monotonic()
         with self.database.transaction() as session:
-            if not hold_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS):
-                raise SetupError("another backup of this service is being made; wait for its end")
-        self._held_until = time.monotonic() + HOLD_SECONDS
+            held = hold_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS)
+        if held:
+            self._held_until = asked_at + HOLD_SECONDS
+        return held
+
+    def _refuse_a_lapse(self) -> None:
+        """SetupError when a sweep may have removed files that the rows of this backup name."""
+        if time.monotonic() > self._held_until:
+            raise SetupError(
+                f"the database did not answer for {HOLD_SECONDS:.0f} s, so files may have been swept meanwhile; begin the backup again"
+            )
 
 
 def _kept(table: sa.FromClause) -> sa.ColumnElement[bool]:

@@ -25,6 +25,7 @@ from core.db.session import Database
 from core.db.tables import ApiKey
 from core.errors import DataDirectoryRefused, SetupError
 from core.settings import Settings
+from core.storage.digests import fsync_directory
 from ml.sources import locate
 
 
@@ -137,6 +138,9 @@ def _migrate(database: Database) -> None:
 def make_first_key(database: Database, settings: Settings) -> str | None:
     """Insert an admin key when no key opens the service yet; returns its secret, which is also in `settings.key_file`."""
     with database.transaction() as session:
+        if not database.is_sqlite:
+            # Two that migrate one database at a moment make one key.
+            session.execute(sa.text("SELECT pg_advisory_xact_lock(748202)"))
         if session.scalar(sa.select(ApiKey.id).where(ApiKey.revoked_at.is_(None)).limit(1)) is not None:
             return None
         _, secret = create_api_key(session, name="first admin key", scopes=["admin"])
@@ -146,12 +150,15 @@ def make_first_key(database: Database, settings: Settings) -> str | None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, complete or not at all."""
+    """Write a file that only its owner can read, complete or not at all, also after a power cut."""
     aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
+        fsync_directory(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise DataDirectoryRefused(f"cannot write {path}: {error.strerror}") from error

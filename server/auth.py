@@ -128,23 +128,24 @@ class KeyRing:
 
     def _remember(self, digest: bytes, asked: asyncio.Task[Principal | None]) -> None:
         self._silent.discard(asked)
-        _, latest = self._asking.get(digest, (0.0, None))
-        current = latest is asked
-        if current:
+        with self._lock:
+            # Looked and kept in one: whoever revokes a key meanwhile is before this or after it.
+            _, latest = self._asking.get(digest, (0.0, None))
+            if latest is not asked:
+                return
             del self._asking[digest]
-        # At the end of the process the question is withdrawn.
-        with suppress(asyncio.CancelledError):
-            if current and asked.exception() is None:
-                self._keep(digest, asked.result())
+            # At the end of the process the question is withdrawn.
+            with suppress(asyncio.CancelledError):
+                if asked.exception() is None:
+                    self._keep(digest, asked.result())
 
     def _keep(self, digest: bytes, principal: Principal | None) -> None:
-        with self._lock:
-            if principal is None:
-                self._known.pop(digest, None)
-                return
-            if len(self._known) >= CACHE_KEYS:
-                self._known.clear()
-            self._known[digest] = (time.monotonic(), principal)
+        if principal is None:
+            self._known.pop(digest, None)
+            return
+        if len(self._known) >= CACHE_KEYS:
+            self._known.clear()
+        self._known[digest] = (time.monotonic(), principal)
 
     def _read(self, secret: str) -> Principal | None:
         with self._database.reading() as session:

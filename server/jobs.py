@@ -174,19 +174,33 @@ def read_job_log(
     with services.database.reading() as session:
         num_attempts = rows.get_job(session, job_id).attempt
         stored = {row.name: row.digest for row in list_files(session, job_id)}
-    paths: dict[int, Path | str] = {int(match[1]): stored[name] for name in stored if (match := _LOG_NAME.fullmatch(name))}
-    for path in (services.settings.attempts_directory / job_id).glob("attempt-*.log"):
-        if match := _LOG_NAME.fullmatch(path.name):
+    digests = {int(match[1]): stored[name] for name in stored if (match := _LOG_NAME.fullmatch(name))}
+    here = _list_logs(services.settings.attempts_directory / job_id)
+    attempts = sorted(digests.keys() | here.keys())
+    number = attempt or max(attempts, default=num_attempts)
+    if number not in attempts and not 0 < number <= num_attempts:
+        raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
+    text, truncated = "", False
+    if number in here:
+        try:
             # The folder of the host that runs the attempt is ahead of what was stored.
-            paths[int(match[1])] = path
-    number = attempt or max(paths, default=num_attempts)
-    if number not in paths:
-        if not 0 < number <= num_attempts:
-            raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
-        return LogView(job_id=job_id, attempt=number, attempts=sorted(paths), text="", truncated=False)
-    found = paths[number]
-    text, truncated = _tail(found if isinstance(found, Path) else services.storage.fetch(found))
-    return LogView(job_id=job_id, attempt=number, attempts=sorted(paths), text=text, truncated=truncated)
+            text, truncated = _tail(here[number])
+        except NotFound:
+            # The job has ended this moment, and what was stored is the whole log.
+            here = {}
+            with services.database.reading() as session:
+                digests |= {int(match[1]): row.digest for row in list_files(session, job_id) if (match := _LOG_NAME.fullmatch(row.name))}
+    if number not in here and number in digests:
+        text, truncated = _tail(services.storage.fetch(digests[number]))
+    return LogView(job_id=job_id, attempt=number, attempts=attempts, text=text, truncated=truncated)
+
+
+def _list_logs(directory: Path) -> dict[int, Path]:
+    """By attempt; none when the folder goes meanwhile."""
+    try:
+        return {int(match[1]): path for path in directory.iterdir() if (match := _LOG_NAME.fullmatch(path.name))}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 _LOG_NAME = re.compile(r"attempt-(\d{1,6})\.log")

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
@@ -36,7 +36,7 @@ from ml.events import Event
 from ml.locations import find_stored_at
 from ml.validation import to_dict
 from workers.jobs import MODULES, JobModule, Work
-from workers.processes import die_with_parent
+from workers.processes import boot_identity, die_with_parent, start_ticks
 
 PREDECESSOR_SECONDS = 10.0
 
@@ -74,8 +74,6 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     kind, code = next((found for cls, found in FAILURES.items() if isinstance(error, cls)), ("permanent", "attempt.crashed"))
     if isinstance(error, OSError) and error.errno in (*_FULL, *_AWAY):
         kind, code = "retryable", "storage.full" if error.errno in _FULL else "storage.unavailable"
-    if isinstance(error, BlockingIOError):
-        kind, code = "retryable", "attempt.directory_busy"
     known = isinstance(error, errors.MlError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     failure: dict[str, Any] = {"class": kind, "code": code, "message": message[:4000]}
@@ -129,6 +127,9 @@ class Attempt:
             directory.mkdir(parents=True, exist_ok=True)
             with log_to(directory / f"attempt-{request['attempt']}.log"), alone_in(directory):
                 self._do(request, directory)
+        except BlockingIOError:
+            # Somebody whom this machine cannot see has the folder: no fault of the job.
+            self.speaker.say({"type": "interrupted", "reason": "attempt.directory_busy"})
         except OSError as error:
             self.speaker.say({"type": "error", "error": describe_failure(error)})
 
@@ -185,7 +186,10 @@ def log_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Be the only attempt of this machine in the job's folder: one whose supervisor was frozen and given up on is killed."""
+    """Be the only attempt in the job's folder: one of this machine whose supervisor was frozen and given up on is killed.
+
+    BlockingIOError when one of another machine or container, which shares the folder, does not go away.
+    """
     # Opened for appending: truncating would erase the id of a process that still holds the lock.
     with (directory / "lock").open("a+") as lock:
         deadline = time.monotonic() + PREDECESSOR_SECONDS
@@ -200,19 +204,22 @@ def alone_in(directory: Path) -> Iterator[None]:
                     raise
                 time.sleep(0.05)
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(_who(os.getpid()))
         lock.flush()
         yield
 
 
+def _who(pid: int) -> str:
+    """Names a process for good: its id means another one elsewhere, and later."""
+    return f"{pid} {start_ticks(pid)} {boot_identity()}"
+
+
 def _kill_predecessor(text: str) -> None:
-    try:
-        pid = int(text)
-        # The id is right as long as the lock is held; the name guards the moment in between.
-        if b"workers.attempt" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.killpg(pid, signal.SIGKILL)
-    except (ValueError, OSError):
-        return
+    pid = text.partition(" ")[0]
+    # Only whom the text names: elsewhere, or later, the id is that of somebody who has no part in this.
+    if pid.isdecimal() and text == _who(int(pid)):
+        with suppress(OSError):
+            os.killpg(int(pid), signal.SIGKILL)
 
 
 def main() -> int:

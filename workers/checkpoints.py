@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from core.db import jobs
@@ -108,12 +109,15 @@ def snapshot(folder: Path, aside: Path) -> list[Path]:
             return sorted(aside.iterdir())
 
 
-def restore_checkpoint(database: Database, storage: Storage, job_id: str, directory: Path) -> None:
-    """Bring the job's newest checkpoint into its folder when a later attempt than this host's last one wrote it."""
+def restore_checkpoint(database: Database, storage: Storage, job: Job, directory: Path, refuse_others: Callable[[], None]) -> None:
+    """Bring the job's newest checkpoint into its folder when a later attempt than this host's last one wrote it.
+
+    `refuse_others` raises when the job is another attempt's by now, whose checkpoints must stay.
+    """
     if storage.is_local:
         return
     with database.reading() as session:
-        named = [(match, row.digest) for row in list_files(session, job_id) if (match := _NAME.fullmatch(row.name))]
+        named = [(match, row.digest) for row in list_files(session, job.id) if (match := _NAME.fullmatch(row.name))]
     if not named:
         return
     attempt = max(int(match[1]) for match, _ in named)
@@ -121,9 +125,10 @@ def restore_checkpoint(database: Database, storage: Storage, job_id: str, direct
     ran_here = max((int(match[1]) for path in logs if (match := _LOG.fullmatch(path.name))), default=0)
     if (checkpoints / "last.ckpt").exists() and attempt <= ran_here:
         return
-    brought = directory / "incoming"
+    brought = directory / f"incoming-{job.attempt}"
     shutil.rmtree(brought, ignore_errors=True)
     materialize(storage, {match[2]: digest for match, digest in named if int(match[1]) == attempt}, brought)
+    refuse_others()
     shutil.rmtree(checkpoints, ignore_errors=True)
     brought.replace(checkpoints)
-    get_log().info("checkpoint.restored", job_id=job_id, written_by_attempt=attempt)
+    get_log().info("checkpoint.restored", job_id=job.id, written_by_attempt=attempt)

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +41,8 @@ SWEEP_SECONDS = 60.0
 KEEP_MESSAGES_SECONDS = 3600.0
 KEEP_SIGNS_SECONDS = 24 * 3600.0
 _BATCH = 200
+_GONE = ".gone-"
+"""How the name of a folder begins while it is removed."""
 
 
 class Housekeeping:
@@ -258,9 +261,16 @@ class Housekeeping:
         """Remove the folders, named by ids, that `find_unneeded` gives of a list of ids."""
         if not directory.is_dir():
             return
+        for path in directory.glob(f"{_GONE}*"):
+            shutil.rmtree(path, ignore_errors=True)
         for ids in garbage.in_batches(path.name for path in directory.iterdir() if not path.name.startswith(".")):
             for name in find_unneeded(ids):
-                shutil.rmtree(directory / name, ignore_errors=True)
+                # Removing the ones before took long: a job may have been tried again. Whoever begins now finds the folder, or none.
+                if find_unneeded([name]):
+                    aside = directory / f"{_GONE}{name}"
+                    with suppress(OSError):
+                        (directory / name).replace(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
 
     def _finished_jobs(self, ids: list[str]) -> list[str]:
         """Succeeded ones, those that failed so long ago that nobody will retry them, and those that were deleted."""

@@ -6,7 +6,7 @@ Rows are read in one short session, which only notes what files are needed; file
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,13 @@ class Inputs:
             return not self._storage.is_local
         return str(source.get("path", "")).startswith(S3)
 
-    def request(self, job: Job) -> dict[str, Any]:
+    def request(self, job: Job, refuse_others: Callable[[], None]) -> dict[str, Any]:
         """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files.
 
-        Takes as long as it takes to bring the files to this host.
+        Takes as long as it takes to bring the files to this host. `refuse_others` raises when the job is another attempt's by then.
         """
         if job.kind == "train":
-            restore_checkpoint(self._database, self._storage, job.id, self.directory(job.id))
+            restore_checkpoint(self._database, self._storage, job, self.directory(job.id), refuse_others)
         return {
             "job_id": job.id,
             "kind": job.kind,
@@ -106,16 +106,18 @@ class Inputs:
                 "import": self._import,
             }[job.kind]
             needed = resolve(session, job)
-        shutil.rmtree(self._own_files(job.id), ignore_errors=True)
-        found: dict[str, Any] = self._bring(needed, self._own_files(job.id))
+        own = self._own_files(job)
+        shutil.rmtree(own, ignore_errors=True)
+        found: dict[str, Any] = self._bring(needed, own)
         return found
 
-    def _own_files(self, job_id: str) -> Path:
-        return self.directory(job_id) / "inputs"
+    def _own_files(self, job: Job) -> Path:
+        """Of this attempt alone: what an earlier one is still being brought goes elsewhere."""
+        return self.directory(job.id) / f"inputs-{job.attempt}"
 
-    def drop_files(self, job_id: str) -> None:
+    def drop_files(self, job: Job) -> None:
         """The attempt is over: the storage may take back the room of what was brought for it."""
-        shutil.rmtree(self._own_files(job_id), ignore_errors=True)
+        shutil.rmtree(self._own_files(job), ignore_errors=True)
 
     def _bring(self, needed: Any, own: Path) -> Any:
         """The same with paths. What the storage may take back while the attempt runs is linked into the job's own folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,7 @@ def keep(storage: Storage, found: Found) -> tuple[Labeled, dict[str, dict[str, A
     return None
 
 
-def lay_out(storage: Storage, found: Found, directory: Path) -> None:
+def lay_out(storage: Storage, found: Found, directory: Path, *, attempt: int) -> None:
     """Put a shard that may be the one into the job's folder: the attempt finds it, compares its rows, and leaves it or writes another."""
     target = directory / SHARD
     for shard in found.shards:
@@ -126,9 +127,12 @@ def lay_out(storage: Storage, found: Found, directory: Path) -> None:
             path = storage.fetch(shard.digest, verify=True)
             with storage_errors(f"bringing {SHARD}"):
                 directory.mkdir(parents=True, exist_ok=True)
-                aside = directory / f".incoming-{SHARD}"
+                aside = directory / f".incoming-{attempt}-{SHARD}"
                 shutil.copyfile(path, aside)
-                aside.replace(target)
+                # Never over one that a later attempt has made meanwhile.
+                with suppress(FileExistsError):
+                    target.hardlink_to(aside)
+                aside.unlink()
         except StorageError as error:
             get_log().warning("labels.not_reused", made_by=shard.job_id, error=error.message)
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from core.db import jobs
 from core.db.session import AWAY, Database
 from core.db.tables import Job
-from core.errors import ServiceError, StorageError
+from core.errors import ServiceError, StorageError, WrongState
 from core.logs import get_log
 from workers import outcomes, reuse
 from workers.beside import Beside
@@ -161,7 +161,7 @@ class Slot(threading.Thread):
         if ended is not None and ended.status == "succeeded":
             shutil.rmtree(self._supervisor.inputs.directory(job.id), ignore_errors=True)
         else:
-            self._supervisor.inputs.drop_files(job.id)
+            self._supervisor.inputs.drop_files(job)
         self._supervisor.job_ended(job)
         following = self._claim(set_id=job.pseudo_label_set_id) if keep and not self._supervisor.stopping.is_set() else None
         if following is None:
@@ -245,6 +245,7 @@ class Slot(threading.Thread):
     def _finish(self, watch: Watch, message: dict[str, Any]) -> tuple[Job | None, bool]:
         """The attempt said its last line."""
         if message["type"] == "interrupted":
+            watch.stop_reason = watch.stop_reason or message.get("reason")
             return self._interrupt(watch), False
         if message["type"] == "error":
             return self._fail(watch.job, message["error"], watch), False
@@ -291,7 +292,18 @@ class Slot(threading.Thread):
 
     def _prepare(self, job: Job) -> dict[str, Any] | None:
         """What the child is to be told; None when the job was taken away, canceled or must wait for another worker meanwhile."""
-        return self._beside(job, lambda: self._supervisor.inputs.request(job), patient=False)
+        return self._beside(job, lambda: self._supervisor.inputs.request(job, self._refuse_others(job)), patient=False)
+
+    def _refuse_others(self, job: Job) -> Callable[[], None]:
+        """For work that may go on after nobody waits for it any more: raises when the job is another attempt's by now."""
+
+        def refuse() -> None:
+            with self._database.reading() as session:
+                held = sa.select(Job.id).where(Job.id == job.id, Job.token == job.token, Job.status == "running")
+                if session.scalar(held) is None:
+                    raise WrongState(f"job {job.id} is another attempt's by now")
+
+        return refuse
 
     def _take_over(self, job: Job) -> tuple[bool, Job | None]:
         """Finish the job with labels that were made before: (False, None) when it must be labeled, (True, None) when fenced."""
@@ -300,7 +312,7 @@ class Slot(threading.Thread):
             return False, None
         storage, directory = self._supervisor.storage, self._supervisor.inputs.directory(job.id)
         if not found.is_same:
-            self._beside(job, lambda: reuse.lay_out(storage, found, directory), patient=False)
+            self._beside(job, lambda: reuse.lay_out(storage, found, directory, attempt=job.attempt), patient=False)
             return False, None
         kept = self._beside(job, lambda: reuse.keep(storage, found), patient=False)
         if kept is None:
@@ -356,7 +368,11 @@ class Slot(threading.Thread):
     def _store_log(self, job: Job) -> outcomes.Stored:
         """Keep the attempt's log where every host finds it; without one, nothing."""
         path, storage = self._supervisor.inputs.directory(job.id) / f"attempt-{job.attempt}.log", self._supervisor.storage
-        if not path.is_file() or not path.stat().st_size:
+        try:
+            if not path.stat().st_size:
+                return {}
+        except FileNotFoundError:
+            # None was written, or a successor has done the job and removed its folder.
             return {}
         try:
             kept = self._beside(job, lambda: storage.put(path), patient=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.storage.digests import fsync_directory, place_of
+from core.storage.locks import locked
 
 KEEP_SECONDS = 3600.0
 """A copy stays at least this long after its path was given to somebody, who opens or links it meanwhile."""
@@ -43,7 +44,7 @@ class ObjectCache:
         path = self._path(digest)
         if not path.exists():
             return None
-        with self._locked(fcntl.LOCK_SH):
+        with locked(self.directory, fcntl.LOCK_SH):
             try:
                 os.utime(path)
             except FileNotFoundError:
@@ -100,7 +101,7 @@ class ObjectCache:
 
     def _evict(self, path: Path) -> bool:
         # Alone: nobody can find the copy between the look and the removal.
-        with self._locked(fcntl.LOCK_EX):
+        with locked(self.directory, fcntl.LOCK_EX):
             try:
                 found = path.stat()
             except FileNotFoundError:
@@ -109,9 +110,3 @@ class ObjectCache:
                 return False
             path.unlink()
             return True
-
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        with (self.directory / "lock").open("ab") as lock:
-            fcntl.flock(lock, kind)
-            yield

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.storage.digests import storage_errors
+from core.storage.digests import fsync_directory, storage_errors
 from core.storage.interface import Storage
 
 
@@ -28,7 +28,9 @@ def materialize(storage: Storage, files: Mapping[str, str], directory: Path) -> 
                 target = aside / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(storage.fetch(digest), target)
+                fsync_directory(target.parent)
             os.replace(aside, directory)
+            fsync_directory(directory.parent)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             # Another process was faster: what it made has the same content.
@@ -46,3 +48,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        # A folder that exists is taken as it is: after a power cut, too, there must be something in its files.
+        with target.open("rb") as copy:
+            os.fsync(copy.fileno())

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from core.errors import StorageError
 from core.storage.digests import CHUNK_BYTES, altered, digest_of, fsync_directory, missing, place_of, storage_errors
-
-_LOCK_SECONDS = 10.0
-_LOCK_PAUSE_SECONDS = 0.001
+from core.storage.locks import locked
 
 
 class LocalStorage:
@@ -35,7 +33,7 @@ class LocalStorage:
         return self.directory.joinpath(*place_of(digest))
 
     def put(self, path: Path) -> dict[str, Any]:
-        """Copy the file in under its digest."""
+        """Copy the file in under its digest: that of what was copied, should somebody still write to it."""
         with storage_errors(f"storing {path.name}"):
             digest = digest_of(path)
             target = self._path(digest)
@@ -46,12 +44,19 @@ class LocalStorage:
             # Rename is atomic on one filesystem only, so the temporary file lies beside the target.
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".incoming-")
             try:
+                hashing = hashlib.sha256()
                 with os.fdopen(handle, "wb") as copy, path.open("rb") as source:
-                    shutil.copyfileobj(source, copy, CHUNK_BYTES)
+                    while chunk := source.read(CHUNK_BYTES):
+                        copy.write(chunk)
+                        hashing.update(chunk)
+                    num_bytes = copy.tell()
                     copy.flush()
                     os.fsync(copy.fileno())
+                digest = hashing.hexdigest()
+                target = self._path(digest)
+                target.parent.mkdir(exist_ok=True)
                 os.chmod(temporary, 0o444)
-                with self._locked(fcntl.LOCK_SH):
+                with locked(self.directory, fcntl.LOCK_SH):
                     os.replace(temporary, target)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
@@ -67,27 +72,12 @@ class LocalStorage:
         try:
             if target.stat().st_size != num_bytes or digest_of(target) != digest:
                 return False
-            with self._locked(fcntl.LOCK_SH):
+            with locked(self.directory, fcntl.LOCK_SH):
                 os.utime(target)
         except FileNotFoundError:
             # Never there, or swept since the look before.
             return False
         return True
-
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        """Between a sweep's look at a file's age and its removal nobody renews the file. Waits for seconds, never for a frozen process."""
-        deadline = time.monotonic() + _LOCK_SECONDS
-        with (self.directory / "lock").open("ab") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise StorageError(f"{self.directory} stayed locked for {_LOCK_SECONDS:.0f} s: a sweep there is frozen") from error
-                    time.sleep(_LOCK_PAUSE_SECONDS)
-            yield
 
     def fetch(self, digest: str, *, verify: bool = False) -> Path:
         """The file itself."""
@@ -103,7 +93,7 @@ class LocalStorage:
         path = self._path(digest)
         if not path.exists():
             return
-        with self._locked(fcntl.LOCK_EX), suppress(FileNotFoundError):
+        with locked(self.directory, fcntl.LOCK_EX), suppress(FileNotFoundError):
             # A sweep looked at names a while ago; whoever kept the file since then is about to name it.
             if time.time() - path.stat().st_mtime >= unless_touched_within_seconds:
                 path.unlink()

@@ -6,6 +6,7 @@ A digest names one content, so every write is one that may be repeated: nothing 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -85,22 +86,22 @@ class S3Storage:
         return self.place.objects + path_below(digest)
 
     def put(self, path: Path) -> dict[str, Any]:
-        """Upload it, unless the same was kept a short while ago."""
+        """Upload it, unless the same was kept a short while ago. What goes up is what the digest says, whoever still writes to the file."""
         with storage_errors(f"storing {path.name}"), self._s3_errors(f"storing {path.name}"):
-            digest = digest_of(path)
-            num_bytes = path.stat().st_size
+            before = path.stat()
+            data = path.read_bytes() if before.st_size < 2 * self._part_bytes else None
+            digest = digest_of(path) if data is None else hashlib.sha256(data).hexdigest()
+            num_bytes = before.st_size if data is None else len(data)
             found = self._find(digest)
             # A sweep looks at ages only: what is old and about to be named must be made young, and writing it again does that everywhere.
             if found is None or found.num_bytes != num_bytes or found.age_seconds > self._renew_seconds:
-                self._upload(path, digest, num_bytes)
+                if data is None:
+                    self._upload_in_parts(path, digest, before)
+                else:
+                    self._client().put_object(Bucket=self.place.bucket, Key=self._key(digest), Body=data)
         return {"digest": digest, "num_bytes": num_bytes}
 
-    def _upload(self, path: Path, digest: str, num_bytes: int) -> None:
-        target = {"Bucket": self.place.bucket, "Key": self._key(digest)}
-        if num_bytes < 2 * self._part_bytes:
-            with path.open("rb") as file:
-                self._client().put_object(**target, Body=file)
-            return
+    def _upload_in_parts(self, path: Path, digest: str, before: os.stat_result) -> None:
         from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
         config = TransferConfig(
@@ -111,6 +112,10 @@ class S3Storage:
         )
         with create_transfer_manager(self._client(), config) as manager:
             manager.upload(str(path), self.place.bucket, self._key(digest)).result()
+        after = path.stat()
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            self._client().delete_object(Bucket=self.place.bucket, Key=self._key(digest))
+            raise StorageError(f"{path.name} was written to while it was stored")
 
     def fetch(self, digest: str, *, verify: bool = False) -> Path:
         """The copy on this host; downloaded when there is none, or when `verify` finds that it is not what it was."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,12 @@ from core.db.files import name_files
 from core.db.jobs import NewJob, enqueue
 from core.db.session import Database
 from core.db.tables import Base, Job
+from core.db.workers import hold_singleton, is_held
 from core.settings import Settings
 from core.storage import LocalStorage
 from tests.builders_services import create_database
 from tests.cli.builders import History, lead_a_life
+from workers.garbage import BACKUP
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,62 @@ def test_rows_that_come_meanwhile_are_there_whole_or_not_at_all(command: Termina
     assert find_defects(restored, LocalStorage(there / "objects"), orphan_seconds=0) == []
     database.close()
     restored.close()
+
+
+def copying_slowly(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
+    """Each file takes more than twice as long to copy as the hold on the sweep lasts."""
+    put = LocalStorage.put
+
+    def put_slowly(storage: LocalStorage, path: Path) -> dict[str, Any]:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            meanwhile()
+            time.sleep(0.05)
+        return put(storage, path)
+
+    monkeypatch.setattr("cli.backup.HOLD_SECONDS", 0.6)
+    monkeypatch.setattr(LocalStorage, "put", put_slowly)
+
+
+def test_the_sweep_is_held_however_long_one_file_takes(
+    command: Terminal, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, held = opened(sqlite_url), set[bool]()
+    lead_a_life(database, LocalStorage(tmp_path / "here" / "objects"), tmp_path)
+
+    def look() -> None:
+        with database.reading() as session:
+            held.add(is_held(session, BACKUP))
+
+    copying_slowly(monkeypatch, look)
+    made = command("backup", "kept", **places(sqlite_url, tmp_path / "here"))
+
+    assert made.returncode == 0, made.stderr
+    assert held == {True}
+    look()
+    assert held == {True, False}
+    database.close()
+
+
+def test_a_backup_whose_hold_on_the_sweep_lapsed_says_so_and_is_none(
+    command: Terminal, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, asked = opened(sqlite_url), itertools.count()
+    lead_a_life(database, LocalStorage(tmp_path / "here" / "objects"), tmp_path)
+
+    def hold_once(session: Session, name: str, *, holder: str, seconds: float) -> bool:
+        if next(asked):
+            raise sa.exc.OperationalError("", {}, Exception("away"))
+        return hold_singleton(session, name, holder=holder, seconds=seconds)
+
+    monkeypatch.setattr("cli.backup.hold_singleton", hold_once)
+    copying_slowly(monkeypatch, lambda: None)
+    made = command("backup", "kept", **places(sqlite_url, tmp_path / "here"))
+
+    assert made.returncode != 0
+    assert "files may have been swept meanwhile; begin the backup again" in made.stderr
+    assert not (tmp_path / "kept" / "backup.json").exists()
+    database.close()
 
 
 def test_checkpoints_which_come_and_go_are_left_out(command: Terminal, sqlite_url: str, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ import pytest
 from core.errors import StorageDamaged, StorageError
 from core.settings import Settings
 from core.storage import LocalStorage, Storage, make_storage, materialize
+from core.storage.cache import ObjectCache
 from core.storage.digests import digest_of
+from core.storage.s3 import S3Storage
 from tests.builders_services import S3Server
 
 
@@ -197,6 +199,62 @@ def test_a_file_that_is_swept_between_two_looks_at_it_is_stored_again(tmp_path: 
     assert stored.read_bytes() == b"weights"
     with pytest.raises(StorageDamaged, match="missing"):
         storage.verify(stored.name)
+
+
+def test_a_file_that_somebody_still_writes_to_is_stored_under_the_digest_of_what_was_stored(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = make_file(tmp_path, b"first line, ")
+
+    def write_on(path: Path) -> str:
+        found = digest_of(path)
+        if path == log:
+            with log.open("ab") as file:
+                file.write(b"and another")
+        return found
+
+    monkeypatch.setattr("core.storage.local.digest_of", write_on)
+    monkeypatch.setattr("core.storage.s3.digest_of", write_on)
+    kept = storage.put(log)
+
+    storage.verify(kept["digest"])
+    assert storage.fetch(kept["digest"]).stat().st_size == kept["num_bytes"]
+
+
+def test_a_large_file_that_is_written_to_while_it_goes_up_is_refused_and_nothing_is_left(
+    s3_url: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(storage_url=s3_url, s3_endpoint_url=s3_server.url, data_directory=tmp_path / "data")
+    storage = make_storage(settings)
+    assert isinstance(storage, S3Storage)
+    monkeypatch.setattr(storage, "_part_bytes", 5 << 20)
+    large = make_file(tmp_path, bytes(11 << 20))
+
+    def write_on(path: Path) -> str:
+        found = digest_of(path)
+        with path.open("ab") as file:
+            file.write(b"more")
+        return found
+
+    monkeypatch.setattr("core.storage.s3.digest_of", write_on)
+    with pytest.raises(StorageError, match="file was written to while it was stored"):
+        storage.put(large)
+
+    assert listed_in(storage) == []
+
+
+def test_who_finds_the_directory_locked_by_a_frozen_process_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.storage.locks._LOCK_SECONDS", 0.1)
+    storage = LocalStorage(tmp_path / "objects")
+    storage.put(make_file(tmp_path))
+    cache = ObjectCache(tmp_path / "objects", max_bytes=1)
+
+    with (tmp_path / "objects" / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="stayed locked for 0 s: a process that holds it is frozen"):
+            storage.put(tmp_path / "file")
+        with pytest.raises(StorageError, match="is frozen"):
+            cache.find(digest_of(tmp_path / "file"))
 
 
 def test_storing_the_content_again_mends_a_file_that_was_altered(tmp_path: Path) -> None:

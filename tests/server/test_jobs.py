@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+import server.jobs
 from core.db import jobs as rows
 from core.db.files import name_files
 from core.db.runs import last_iteration, move_run
@@ -194,6 +195,28 @@ def test_a_preferred_wait_is_over_in_time(api: Api) -> None:
     assert answer.json()["status"] == "queued"
     assert 0.9 < time.monotonic() - started < 10
     assert api.client.get("/api/v1/jobs/job_unknown", headers={"Prefer": "wait=20"}).status_code == 404
+
+
+def test_a_log_whose_folder_goes_while_it_is_read_is_the_stored_one(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start_job(api.database, add_job(api.database).id)
+    log = api.services.settings.attempts_directory / job.id / "attempt-1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("not all of it yet")
+    (tmp_path / "whole").write_text("all of it")
+
+    def end_first(path: Path) -> tuple[str, bool]:
+        if path == log:
+            stored = api.services.storage.put(tmp_path / "whole")
+            with api.database.transaction() as session:
+                name_files(session, job.id, {"attempt-1.log": stored})
+            log.unlink()
+        return tail(path)
+
+    tail = server.jobs._tail
+    monkeypatch.setattr(server.jobs, "_tail", end_first)
+    answer = api.client.get(f"/api/v1/jobs/{job.id}/logs")
+
+    assert (answer.status_code, answer.json()["text"]) == (200, "all of it")
 
 
 def test_the_newest_attempts_log_is_shown_from_its_end(api: Api) -> None:

@@ -149,6 +149,24 @@ def test_folders_stay_as_long_as_a_retry_could_use_them(
     database.close()
 
 
+def test_a_folder_whose_job_is_tried_again_while_others_are_removed_stays(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    house, folders = keep(database, tmp_path), tmp_path / "folders"
+    for name in ("first", "retried", ".gone-before"):
+        (folders / name).mkdir(parents=True)
+    asked: list[list[str]] = []
+
+    def find_unneeded(names: list[str]) -> list[str]:
+        asked.append(sorted(names))
+        return [name for name in names if name != "retried" or len(asked) == 1]
+
+    house.sweep_folders(folders, find_unneeded)
+
+    assert asked[0] == ["first", "retried"]
+    assert [path.name for path in folders.iterdir()] == ["retried"]
+    database.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_housekeeping_that_dies_says_so(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)

@@ -30,7 +30,7 @@ from tests.workers.test_attempts import is_gone
 def freeze_at_work(directory: Path) -> int:
     """Stop the attempt's process once it has the job's folder for itself; its id."""
     lock = directory / "lock"
-    pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work"))
+    pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work").split()[0])
     os.kill(pid, signal.SIGSTOP)
     return pid
 
