@@ -26,6 +26,15 @@ _CALM = 0.05
 _FEWEST_CALM = 3
 
 
+PEAK_MB = """
+def peak_mb():
+    # Not getrusage's figure: that begins with the memory of whoever started this process.
+    [peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(peak.split()[1]) * 1024 / 1e6
+"""
+"""For code that runs in a process of its own: the most memory that it ever had."""
+
+
 @dataclass(slots=True)
 class Measurement:
     """What one module of bench/ found out."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.measurement import Measurement
+from bench.measurement import PEAK_MB, Measurement
 from ml.config import SelectionConfig
 from ml.manifest import LOCATION_COLUMNS, metadata_of, schema
 from ml.pseudo_labels import write_shard
@@ -33,8 +33,10 @@ LEAKED = 100
 CLASSES = tuple(f"class-{number}" for number in range(10))
 SEED = 3
 
-_CHILD = """
-import json, resource, sys, time
+_CHILD = (
+    PEAK_MB
+    + """
+import json, sys, time
 from ml.config import SelectionConfig
 from ml.selection import select
 from ml.tasks import SelectionTask
@@ -44,10 +46,11 @@ task = SelectionTask(**(words | {"selection": build(SelectionConfig, words["sele
 started = time.perf_counter()
 report = select(task)
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+peak = peak_mb()
 removed = report["removed_duplicates"]["equal"]
 json.dump({"seconds": seconds, "peak_mb": peak, "num_unique": report["num_unique"], "removed": removed}, sys.stdout)
 """
+)
 
 
 @dataclass(frozen=True, slots=True)

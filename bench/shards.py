@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from bench import selection
 from bench.labeling import export
-from bench.measurement import Measurement
+from bench.measurement import PEAK_MB, Measurement
 from bench.photographs import manifest_of, small_photographs
 from bench.service import Service, migrate
 from core.db.datasets import add_version, create_dataset, finish_version
@@ -35,8 +35,10 @@ LABELED_SHARDS = (4, 32)
 LABELED_SHARD_SIZE = 256
 LISTED_SHARDS = (10, 1000, 30_000)
 
-_LABEL = """
-import json, resource, sys
+_LABEL = (
+    PEAK_MB
+    + """
+import json, sys
 from ml.config import LabelingConfig, RuntimeConfig
 from ml.devices import apply_runtime, resolve_runtime
 from ml.prediction import label
@@ -50,10 +52,13 @@ for number in range(words["shards"]):
         generation=words["generation"], unlabeled=words["pool"], start=start, stop=start + words["size"],
         labeling=LabelingConfig(), runtime=runtime, output=f"{words['output']}/{number}.parquet",
     ))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+print(peak_mb())
 """
-_LIST = """
-import resource, sys
+)
+_LIST = (
+    PEAK_MB
+    + """
+import sys
 from core.db.jobs import get_job
 from core.db.session import Database
 from core.settings import Settings
@@ -66,8 +71,9 @@ with database.reading() as session:
     job = get_job(session, sys.argv[1])
 found = Inputs(database, make_storage(settings), settings, capabilities=("cpu",)).resolve(job)
 assert len(found["shards"]) == int(sys.argv[2]), len(found["shards"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+print(peak_mb())
 """
+)
 
 
 def measure() -> Measurement:
