@@ -67,11 +67,12 @@ class Stage:
         self.runtime = resolve_runtime(runtime)
         self.preprocessing = Preprocessing.from_config(self.recipe.image)
         plan = plan_training(self.config.training, num_labeled=len(self.manifest), ratio=0, role="teacher")
-        self.plan = replace(plan, steps=STEPS)
+        self.plan = replace(plan, steps=STEPS, labeled_steps=range(STEPS))
         self.learner = Learner(
             self._network(),
             self.config,
             self.plan,
+            role="teacher",
             preprocessing=self.preprocessing,
             training_side=self.recipe.image.size,
             runtime=self.runtime,
@@ -84,11 +85,9 @@ class Stage:
             unlabeled=None,
             image=self.recipe.image,
             noise=self.config.noise,
-            batch_labeled=self.plan.batch_labeled,
-            batch_unlabeled=0,
+            plan=self.plan,
             seed=SEED,
             start_step=0,
-            stop_step=STEPS,
             runtime=self.runtime,
         )
         self._paths = cycle(self.manifest.locations())

@@ -1,7 +1,7 @@
 """The service's version, stated once for code; pyproject.toml repeats it and a test compares."""
 
 VERSION = "0.1.0"
-PROTOCOL = 2
+PROTOCOL = 3
 """In which shape this code writes a job's input, and up to which it can read one. Raised by one in the change that gives an input a
 shape that older workers would misread; they then finish what they have and leave the new jobs to newer workers."""
 LABELS = 1

@@ -203,9 +203,19 @@ class StudentConfig(Checked):
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """Which network; equal to or larger than the teacher's in the paper."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-    """The noise on labeled and pseudo-labeled images alike."""
+    """The noise on labeled images, and on pseudo-labeled ones unless `unlabeled_noise` is another."""
+    unlabeled_noise: NoiseConfig | None = None
+    """The noise on pseudo-labeled images alone, as in the paper's ablation; None: that of labeled ones."""
+    unlabeled_noise_fade_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Share of all steps, the last ones, over which the noise on pseudo-labeled images falls to none: the share of noised images and the
+    rates of dropout and stochastic depth go down linearly. 0: the noise stays; 1: it falls from the first step on."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=100))
     """How long and in what portions."""
+    mixing: Literal["joint", "pretrain-finetune", "pseudo-labels-alone"] = "joint"
+    """`joint`: every step holds both kinds of images (the paper). `pretrain-finetune`: pseudo-labeled ones alone, then labeled ones alone.
+    `pseudo-labels-alone`: no labeled image at all. Each step has (1 + ratio) x B images whatever the mixing."""
+    finetune_ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.25
+    """Share of the steps that finetune on labeled images; `pretrain-finetune` only."""
     ratio: Annotated[int, Interval(ge=1, le=64)] = 3
     """Pseudo-labeled images for each labeled one in a step (r)."""
     loss: Literal["sum", "concat", "ratio"] = "sum"

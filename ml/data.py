@@ -30,6 +30,7 @@ from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
 from ml.cores import num_cores
 from ml.errors import BadImage, DataError, LoaderLost, MlError
 from ml.manifest import Manifest
+from ml.schedules import TrainingPlan
 from ml.selection import SelectedLabels
 from ml.views import TICKETS, Broken, ImageStream, Source, Steps, StrongViews, Targets, claimed_rows, work
 
@@ -59,9 +60,10 @@ class Batch(NamedTuple):
 class TrainingBatches:
     """The batches of the steps from `start_step` up to `stop_step`; a context manager that ends its workers.
 
-    `labeled` holds usable rows. With `selected`, each step also has `batch_unlabeled` images of `unlabeled`, an image with
-    repeat r standing r times in that stream. Raises DataError for selected keys that the pool does not have, and BadImage
-    naming the file when one has vanished or changed since the manifest was made.
+    `labeled` holds usable rows. With `selected`, the plan's `unlabeled_steps` have images of `unlabeled`, an image with repeat r
+    standing r times in that stream; `unlabeled_noise` is the noise on them, None that on labeled ones. Raises DataError for
+    selected keys that the pool does not have, and BadImage naming the file when one has vanished or changed since the manifest
+    was made.
     """
 
     def __init__(
@@ -73,21 +75,21 @@ class TrainingBatches:
         unlabeled: Manifest | None,
         image: ImageConfig,
         noise: NoiseConfig,
-        batch_labeled: int,
-        batch_unlabeled: int,
+        plan: TrainingPlan,
         seed: int,
         start_step: int,
-        stop_step: int,
         runtime: RuntimeConfig,
+        unlabeled_noise: NoiseConfig | None = None,
+        fade_ratio: float = 0.0,
     ) -> None:
         pool = None
-        if selected is not None and unlabeled is not None and batch_unlabeled:
+        if selected is not None and unlabeled is not None and plan.unlabeled_steps:
             pool = unlabeled.take(_rows_of(selected, unlabeled))
         image_bytes = 3 * image.size**2
         cache_bytes = (len(labeled) + (0 if pool is None else len(pool))) * image_bytes
         cached = image.small_images and cache_bytes <= runtime.cache_bytes
-        batch = batch_labeled + batch_unlabeled
-        self._range = range(start_step, stop_step)
+        batch = plan.batch
+        self._range = range(start_step, plan.steps)
         self._shared = cached and _takes_every_core(runtime)
         self._workers = _count_workers(
             runtime,
@@ -99,16 +101,21 @@ class TrainingBatches:
         )
         self._pinned = runtime.device == "cuda"
 
-        def source(name: str, images: Manifest, repeats: Any, size: int) -> Source:
-            views = StrongViews(images.locations(), image, noise)
+        def views(images: Manifest, noise: NoiseConfig) -> StrongViews:
+            made = StrongViews(images.locations(), image, noise)
             if cached:
-                views.cache, views.filled = self._memory(len(images) * image_bytes), self._memory(len(images))
-            return Source(ImageStream(name, seed, repeats), views, size)
+                made.cache, made.filled = self._memory(len(images) * image_bytes), self._memory(len(images))
+            return made
 
+        once = ImageStream("labeled", seed, np.ones(len(labeled), dtype=np.int64))
+        of_pool = None
+        if pool is not None and selected is not None:
+            stream, noised = ImageStream("unlabeled", seed, selected.repeats), views(pool, unlabeled_noise or noise)
+            of_pool = Source(stream, noised, plan.batch_unlabeled, plan.unlabeled_steps, fade_ratio)
         self._steps = Steps(
-            source("labeled", labeled, np.ones(len(labeled), dtype=np.int64), batch_labeled),
+            Source(once, views(labeled, noise), plan.batch_labeled, plan.labeled_steps),
             np.array(labeled.class_indices(class_names), dtype=np.int64),
-            None if pool is None or selected is None else source("unlabeled", pool, selected.repeats, batch_unlabeled),
+            of_pool,
             None if pool is None else selected,
         )
         self._running: Generator[Batch] | None = None

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from ml import losses
 from ml.checkpoints import State
-from ml.config import RuntimeConfig, StudentConfig, TeacherConfig
+from ml.config import NoiseConfig, RuntimeConfig, StudentConfig, TeacherConfig
 from ml.data import Batch
 from ml.determinism import torch_seed
 from ml.devices import autocast, shield_small_convolutions, translate_oom
 from ml.ema import EmaWeights
 from ml.losses import StepLoss
+from ml.model_noise import Rows, built_noise, differs, split_rows
 from ml.normalization import Normalization
 from ml.optimizers import build_optimizer, set_learning_rate
 from ml.pixels import Preprocessing
-from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at
+from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at, noised_ratio_at
+from ml.tasks import Role
 
 
 class Loss(NamedTuple):
@@ -45,6 +47,7 @@ class Learner:
         config: TeacherConfig | StudentConfig,
         plan: TrainingPlan,
         *,
+        role: Role,
         preprocessing: Preprocessing,
         training_side: int,
         runtime: RuntimeConfig,
@@ -52,6 +55,7 @@ class Learner:
     ) -> None:
         device = torch.device(runtime.device)
         self.network = network.to(device=device).to(memory_format=torch.channels_last).train()
+        self._rows = _split_rows(self.network, config, role, device)
         self.ema = EmaWeights(self.network)
         shield_small_convolutions(self.network, runtime, side=training_side)
         self.optimizer = build_optimizer(self.network, config.training.optimizer)
@@ -74,7 +78,7 @@ class Learner:
             # Model noise is named by its step, so that no generator's state has to survive a kill.
             torch.manual_seed(torch_seed(self._seed, "model noise", step, index))
             with translate_oom(f"a micro-batch of {len(part.images)} images"):
-                loss = self._loss(part)
+                loss = self._loss(part, step)
                 (loss.total / len(parts)).backward()  # type: ignore[no-untyped-call]
             recent += torch.stack([value.detach() for value in loss]) / len(parts)
         # Kept on the device: asking for a number here would make the host wait for every step.
@@ -130,20 +134,47 @@ class Learner:
             soft = None if soft_UK is None else _share(soft_UK, index, count)
             yield _Part(torch.cat([labeled, unlabeled]), _share(labels_B, index, count), soft)
 
-    def _loss(self, part: _Part) -> StepLoss:
+    def _loss(self, part: _Part, step: int) -> StepLoss:
         """Forward of labeled and pseudo-labeled images together, so that batch norm sees the mixed batch; then the loss."""
         smoothing = self._config.training.label_smoothing
+        num_labeled = len(part.labels_B)
+        if self._rows is not None and isinstance(self._config, StudentConfig):
+            unlabeled_steps, fade_ratio = self._plan.unlabeled_steps, self._config.unlabeled_noise_fade_ratio
+            self._rows.set(num_labeled, noised_ratio_at(unlabeled_steps.stop, fade_ratio, min(step, unlabeled_steps.stop)))
         with autocast(self._runtime):
             logits = self._forward(self._normalize(part.images.permute(0, 2, 3, 1)))
-        num_labeled = len(part.labels_B)
         if part.soft_UK is None or not isinstance(self._config, StudentConfig):
             return losses.without_pseudo_labels(logits, part.labels_B, smoothing=smoothing)
         student = self._config
+        if not num_labeled:
+            mean_U = losses.pseudo_label_cross_entropy(
+                logits, part.soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
+            )
+            return StepLoss(mean_U, torch.zeros_like(mean_U), mean_U.detach())
         mean_L = losses.labeled_cross_entropy(logits[:num_labeled], part.labels_B, smoothing=smoothing)
         mean_U = losses.pseudo_label_cross_entropy(
             logits[num_labeled:], part.soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
         )
         return StepLoss(losses.combine(student.loss, mean_L, mean_U, student.ratio), mean_L, mean_U)
+
+
+def noise_of_network(config: TeacherConfig | StudentConfig, role: Role) -> NoiseConfig:
+    """The model noise that the network is to be built with."""
+    unlabeled = _unlabeled_noise(config, role)
+    return config.noise if unlabeled is None else built_noise(config.noise, unlabeled)
+
+
+def _unlabeled_noise(config: TeacherConfig | StudentConfig, role: Role) -> NoiseConfig | None:
+    """That of pseudo-labeled images, where one rate for all images of a step cannot serve."""
+    if role != "student" or not isinstance(config, StudentConfig):
+        return None
+    unlabeled = config.unlabeled_noise or config.noise
+    return unlabeled if differs(config.noise, unlabeled, config.unlabeled_noise_fade_ratio) else None
+
+
+def _split_rows(network: nn.Module, config: TeacherConfig | StudentConfig, role: Role, device: torch.device) -> Rows | None:
+    unlabeled = _unlabeled_noise(config, role)
+    return None if unlabeled is None else split_rows(network, config.noise, unlabeled, device)
 
 
 class _Part(NamedTuple):

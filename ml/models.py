@@ -20,6 +20,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers.drop import DropPath
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -69,6 +70,12 @@ def count_parameters(network: nn.Module) -> int:
 def undecayed_parameters(network: nn.Module) -> set[str]:
     """Names of parameters that the architecture itself wants no weight decay on."""
     return set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
+
+
+def skipped_branches(network: nn.Module) -> dict[str, float]:
+    """Name and rate of each layer of stochastic depth that skips its branch at all."""
+    found = {name: module.drop_prob for name, module in network.named_modules() if isinstance(module, DropPath)}
+    return {name: float(rate) for name, rate in found.items() if rate}
 
 
 def create_network(

@@ -33,20 +33,34 @@ class TrainingPlan:
     """Pseudo-labeled images a step."""
     learning_rate: float
     """Peak, already scaled with the batch."""
+    labeled_steps: range
+    """Steps that hold labeled images."""
+    unlabeled_steps: range
+    """Steps that hold pseudo-labeled images."""
 
     @property
     def batch(self) -> int:
-        """Images a step, of both kinds: what the throughput counts."""
-        return self.batch_labeled + self.batch_unlabeled
+        """Images a step, of both kinds, the same in every step: what the throughput counts."""
+        return self.batch_labeled * (0 in self.labeled_steps) + self.batch_unlabeled * (0 in self.unlabeled_steps)
+
+
+Mixing = Literal["joint", "pretrain-finetune", "pseudo-labels-alone"]
 
 
 def plan_training(
-    training: TrainingConfig, *, num_labeled: int, ratio: int, role: Literal["teacher", "student", "control"]
+    training: TrainingConfig,
+    *,
+    num_labeled: int,
+    ratio: int,
+    role: Literal["teacher", "student", "control"],
+    mixing: Mixing = "joint",
+    finetune_ratio: float = 0.25,
 ) -> TrainingPlan:
     """Turn epochs and batches into steps; TooFewLabels when there are fewer labeled images than one batch takes.
 
     `ratio` is r of the student, and of the student that a control stands beside; 0 for a teacher. The learning rate
     scales with B, never with (1 + r)B, and a control keeps the student's: only where its images come from differs.
+    `mixing` and `finetune_ratio` are the student's; every step has as many images, of whichever kind.
     """
     size = training.batch_size
     if num_labeled < size:
@@ -57,15 +71,32 @@ def plan_training(
         )
     steps = training.steps or max(1, round((training.epochs or 0) * num_labeled / size))
     optimizer = training.optimizer
+    labeled_steps, unlabeled_steps = _steps_of_each(steps, role=role, mixing=mixing, finetune_ratio=finetune_ratio)
+    both = role == "student" and mixing == "joint"
     return TrainingPlan(
         steps=steps,
         warmup_steps=round(training.schedule.warmup_ratio * steps),
         decay_every_steps=training.schedule.decay_epochs * num_labeled / size,
         evaluate_every_steps=training.evaluate_every_steps or math.ceil(steps / NUM_EVALUATIONS),
-        batch_labeled=size * (1 + ratio) if role == "control" else size,
-        batch_unlabeled=size * ratio if role == "student" else 0,
+        batch_labeled=(size if both or role == "teacher" else size * (1 + ratio)) if labeled_steps else 0,
+        batch_unlabeled=(size * ratio if both else size * (1 + ratio)) if unlabeled_steps else 0,
         learning_rate=optimizer.learning_rate * size / (optimizer.reference_batch or size),
+        labeled_steps=labeled_steps,
+        unlabeled_steps=unlabeled_steps,
     )
+
+
+def _steps_of_each(steps: int, *, role: str, mixing: Mixing, finetune_ratio: float) -> tuple[range, range]:
+    """The steps that hold labeled images, and those that hold pseudo-labeled ones."""
+    if role != "student":
+        return range(steps), range(0)
+    if mixing == "joint":
+        return range(steps), range(steps)
+    if mixing == "pseudo-labels-alone":
+        return range(0), range(steps)
+    # One step of each at least; a single step has nothing to finetune.
+    turn = min(max(1, round((1 - finetune_ratio) * steps)), max(1, steps - 1))
+    return range(turn, steps), range(turn)
 
 
 def check_batches(recipe: Recipe, *, num_labeled: int, iterations: int, has_teacher: bool = False) -> None:
@@ -100,6 +131,11 @@ def learning_rate_at(plan: TrainingPlan, schedule: ScheduleConfig, step: int) ->
         done_ratio = (step - plan.warmup_steps) / (plan.steps - plan.warmup_steps)
         return plan.learning_rate * (1 + math.cos(math.pi * done_ratio)) / 2
     return plan.learning_rate
+
+
+def noised_ratio_at(steps: int, fade_ratio: float, step: int) -> float:
+    """Share of the noise on pseudo-labeled images that is left at `step`: 1, then over the last `fade_ratio` of all steps linearly to 0."""
+    return min(1.0, (steps - step) / (fade_ratio * steps)) if fade_ratio else 1.0
 
 
 def ema_decay_at(decay: float, step: int) -> float:

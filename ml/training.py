@@ -17,6 +17,7 @@ import torch
 
 from ml import calibration, models
 from ml.checkpoints import CheckpointFolder, State
+from ml.config import StudentConfig
 from ml.data import TrainingBatches
 from ml.determinism import torch_seed
 from ml.devices import apply_runtime, host_facts
@@ -25,7 +26,7 @@ from ml.evaluation import label_ranks
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.export import PARITY_IMAGES, write_generation
 from ml.files import folder_written_aside
-from ml.learner import Learner
+from ml.learner import Learner, noise_of_network
 from ml.manifest import Manifest
 from ml.pixels import Preprocessing
 from ml.prediction import Predictions, WeakViews, batch_for, measure, predict
@@ -76,14 +77,22 @@ class Training:
     ) -> None:
         self.task, self.inputs, self.on_event, self.should_stop = task, inputs, on_event, should_stop
         self.config = inputs.config
-        self.plan = plan_training(self.config.training, num_labeled=len(inputs.labeled), ratio=inputs.ratio, role=task.role)
+        student = self.student = self.config if isinstance(self.config, StudentConfig) else StudentConfig()
+        self.plan = plan_training(
+            self.config.training,
+            num_labeled=len(inputs.labeled),
+            ratio=inputs.ratio,
+            role=task.role,
+            mixing=student.mixing,
+            finetune_ratio=student.finetune_ratio,
+        )
         self.preprocessing = Preprocessing.from_config(task.recipe.image)
         self.exact = replace(task.runtime, precision="fp32")
         torch.manual_seed(torch_seed(task.recipe.seed, "initial weights", task.iteration))
         network = models.create_network(
             self.config.network,
             num_classes=len(inputs.class_names),
-            noise=self.config.noise,
+            noise=noise_of_network(self.config, task.role),
             image=task.recipe.image,
             weights_dir=task.initial_weights,
         )
@@ -93,6 +102,7 @@ class Training:
             network,
             self.config,
             self.plan,
+            role=task.role,
             preprocessing=self.preprocessing,
             training_side=task.recipe.image.size,
             runtime=task.runtime,
@@ -133,12 +143,12 @@ class Training:
             unlabeled=self.inputs.unlabeled,
             image=self.task.recipe.image,
             noise=self.config.noise,
-            batch_labeled=self.plan.batch_labeled,
-            batch_unlabeled=self.plan.batch_unlabeled,
+            plan=self.plan,
             seed=torch_seed(self.task.recipe.seed, "batches", self.task.iteration),
             start_step=start_step,
-            stop_step=self.plan.steps,
             runtime=self.task.runtime,
+            unlabeled_noise=self.student.unlabeled_noise,
+            fade_ratio=self.student.unlabeled_noise_fade_ratio,
         )
 
     def _resume(self) -> int:

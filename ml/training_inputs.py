@@ -95,7 +95,14 @@ def _digest(task: TrainingTask, config: TeacherConfig | StudentConfig, labeled: 
         words |= {"selected": _of_file(task.selected), "unlabeled": _of_file(task.unlabeled)}
     for name in ("accumulation", "checkpoint_every_seconds"):
         del words["config"]["training"][name]
+    # What an older version did not know, at its default, changes nothing: a training that it began goes on.
+    for name, default in _LATER.items():
+        if name in words["config"] and words["config"][name] == default:
+            del words["config"][name]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+_LATER = {name: getattr(StudentConfig(), name) for name in ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio")}
 
 
 def _of_file(path: str | Path | None) -> str | None:

@@ -19,6 +19,7 @@ from ml.randaugment import FILL, randaugment, reach
 
 Pixels = npt.NDArray[np.uint8]
 
+WITHOUT_NOISE = NoiseConfig(randaugment_operations=0, crop_and_flip=False)
 _ATTEMPTS = 10
 _RATIOS = (math.log(3 / 4), math.log(4 / 3))
 

@@ -23,8 +23,9 @@ from ml.errors import BadImage, DataError, StoreAway, StoreRefused
 from ml.locations import Location
 from ml.pixels import decode, read_image, weak_image
 from ml.read_ahead import Outcome, read_many, take
+from ml.schedules import noised_ratio_at
 from ml.selection import SelectedLabels
-from ml.transforms import strong_view, strong_view_of_small, training_preprocessing
+from ml.transforms import WITHOUT_NOISE, strong_view, strong_view_of_small, training_preprocessing
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -78,18 +79,19 @@ class StrongViews:
     _ahead: Iterator[tuple[int, Outcome]] = field(default=iter(()), repr=False)
     """What is being read of a store for the step, in its order."""
 
-    def strong(self, index: int, generator: np.random.Generator) -> Bytes:
-        """HWC; BadImage, naming the file, when it has vanished or changed."""
+    def strong(self, index: int, generator: np.random.Generator, *, noised_ratio: float = 1.0) -> Bytes:
+        """HWC; BadImage, naming the file, when it has vanished or changed. So often there is noise on it; else it is the weak view."""
+        noise = self.noise if noised_ratio >= 1 or generator.random() < noised_ratio else WITHOUT_NOISE
         if not self.config.small_images:
-            return strong_view(self._read(index), self.config, self.noise, generator)
+            return strong_view(self._read(index), self.config, noise, generator)
         if self.cache is None:
-            return strong_view_of_small(self._square(index), self.config, self.noise, generator)
+            return strong_view_of_small(self._square(index), self.config, noise, generator)
         filled = np.frombuffer(self.filled, np.uint8)
         squares = np.frombuffer(self.cache, np.uint8).reshape(-1, self.config.size, self.config.size, 3)
         if not filled[index]:
             squares[index] = self._square(index)
             self._made.append(index)
-        return strong_view_of_small(squares[index], self.config, self.noise, generator)
+        return strong_view_of_small(squares[index], self.config, noise, generator)
 
     def tell_of_made(self) -> None:
         """Let others use the squares of the step before: a message has passed since, so they see the pixels, not only the sign."""
@@ -127,10 +129,21 @@ class Source:
     views: StrongViews
     size: int
     """Images a step."""
+    steps: range
+    """In the others it has none."""
+    fade_ratio: float = 0.0
+    """Share of `steps`, the last ones, over which its noise falls to none."""
 
     def places(self, step: int) -> list[tuple[int, int, int]]:
         """Its images of this step, as `ImageStream.places` gives them."""
-        return self.stream.places(step * self.size, (step + 1) * self.size)
+        if step not in self.steps:
+            return []
+        turn = step - self.steps.start
+        return self.stream.places(turn * self.size, (turn + 1) * self.size)
+
+    def noised_ratio(self, step: int) -> float:
+        """Share of its images that have noise on them."""
+        return noised_ratio_at(self.steps.stop, self.fade_ratio, step)
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The places of its images of this step in the list of images."""
@@ -146,7 +159,7 @@ class Targets(NamedTuple):
 
 @dataclass(slots=True)
 class Steps:
-    """Step number -> its images and targets."""
+    """Step number -> its images and targets. Every step has as many images."""
 
     labeled: Source
     labels: npt.NDArray[np.int64]
@@ -157,7 +170,8 @@ class Steps:
     def shape(self) -> tuple[int, int, int, int]:
         """Of a step's images, [B + U, H, W, C]."""
         size = self.labeled.views.config.size
-        return self.labeled.size + (self.unlabeled.size if self.unlabeled else 0), size, size, 3
+        first = [source.size for source in (self.labeled, self.unlabeled) if source is not None and 0 in source.steps]
+        return sum(first), size, size, 3
 
     def fill(self, step: int, images: Bytes, rows: Iterable[int] | None = None) -> None:
         """Write the step's strong views into `images` [B + U, H, W, C], labeled first; all of them, or these `rows`."""
@@ -173,12 +187,13 @@ class Steps:
         for row in range(len(views)) if rows is None else rows:
             source, (index, epoch, number) = views[row]
             stream = source.stream
-            images[row] = source.views.strong(index, self._generators(stream.seed, "noise", stream.name, epoch, number))
+            generator = self._generators(stream.seed, "noise", stream.name, epoch, number)
+            images[row] = source.views.strong(index, generator, noised_ratio=source.noised_ratio(step))
 
     def targets(self, step: int) -> Targets:
         """What the step's images are to be."""
         labels_B = self.labels[self.labeled.indices(step)]
-        if self.unlabeled is None or self.selected is None:
+        if self.unlabeled is None or self.selected is None or step not in self.unlabeled.steps:
             return Targets(labels_B, None)
         return Targets(labels_B, self.selected.soft(self.unlabeled.indices(step)))
 

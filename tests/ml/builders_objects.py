@@ -11,6 +11,7 @@ from ml.errors import StoreRefused
 from ml.ingestion import scan
 from tests.builders_services import S3Server, wait_until
 from tests.ml import builders_sources as builders
+from tests.ml.builders_training import build_plan
 
 
 def access_to(server: S3Server, **fields: Any) -> objects.Access:
@@ -49,10 +50,8 @@ def training_batches(source: str, *, small: bool, loaders: int) -> Any:
         image=ImageConfig(size=32, small_images=small),
         noise=NoiseConfig(),
         # More than there are images: some stand twice in a step.
-        batch_labeled=20,
-        batch_unlabeled=0,
+        plan=build_plan(3, 20),
         seed=5,
         start_step=0,
-        stop_step=3,
         runtime=RuntimeConfig(device="cpu", num_threads=1, num_loader_workers=loaders),
     )

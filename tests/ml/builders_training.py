@@ -22,6 +22,7 @@ from ml.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from ml.schedules import TrainingPlan
 from ml.selection import select
 from ml.tasks import LabelingTask, SelectionTask, TrainingTask
 from tests.ml.builders_generations import build_manifest
@@ -62,6 +63,21 @@ def write_digits(root: Path, *, labeled: int = 8, validation: int = 4, test: int
     for split in ("validation", "test"):
         build_manifest(root / split, root / f"{split}.parquet", kind="evaluation")
     return root
+
+
+def build_plan(steps: int, batch_labeled: int, batch_unlabeled: int = 0) -> TrainingPlan:
+    """So many steps, each with both kinds of images."""
+    return TrainingPlan(
+        steps=steps,
+        warmup_steps=0,
+        decay_every_steps=1.0,
+        evaluate_every_steps=steps,
+        batch_labeled=batch_labeled,
+        batch_unlabeled=batch_unlabeled,
+        learning_rate=0.1,
+        labeled_steps=range(steps),
+        unlabeled_steps=range(steps if batch_unlabeled else 0),
+    )
 
 
 def build_training(**fields: object) -> TrainingConfig:

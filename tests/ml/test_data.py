@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ml.pseudo_labels import write_shard
 from ml.selection import SelectedLabels
 from ml.views import TICKETS, ImageStream, claimed_rows
 from tests.ml import builders_images as builders
+from tests.ml.builders_training import build_plan
 
 SMALL = ImageConfig(size=32, small_images=True)
 PLAIN = NoiseConfig(randaugment_operations=0, crop_and_flip=False)
@@ -71,11 +73,9 @@ def build_batches(folder: Path, *, pool: bool = True, **changes: Any) -> Trainin
         "unlabeled": unlabeled if pool else None,
         "image": SMALL,
         "noise": NoiseConfig(),
-        "batch_labeled": 4,
-        "batch_unlabeled": 6 if pool else 0,
+        "plan": build_plan(6, 4, 6 if pool else 0),
         "seed": 5,
         "start_step": 0,
-        "stop_step": 6,
         "runtime": RuntimeConfig(device="cpu", precision="fp32", num_threads=1, num_loader_workers=0),
     }
     return TrainingBatches(**(options | changes))
@@ -114,14 +114,57 @@ def test_a_batch_has_the_labeled_images_first(tmp_path: Path) -> None:
 
 
 def test_a_control_has_no_pseudo_labels(tmp_path: Path) -> None:
-    batch = collect(build_batches(tmp_path / "d", pool=False, batch_labeled=10))[0]
+    batch = collect(build_batches(tmp_path / "d", pool=False, plan=build_plan(6, 10)))[0]
 
     assert batch.images.shape == (10, 3, 32, 32)
     assert batch.soft_UK is None
 
 
+def noised(batch: Batch, weak: set[bytes]) -> list[bool]:
+    return [image.permute(1, 2, 0).contiguous().numpy().tobytes() not in weak for image in batch.images]
+
+
+def weak_views(folder: Path) -> set[bytes]:
+    return {decode(path.read_bytes()).tobytes() for path in folder.rglob("*.png")}
+
+
+def test_pseudo_labeled_images_may_have_noise_of_their_own(tmp_path: Path) -> None:
+    batches = collect(build_batches(tmp_path / "d", unlabeled_noise=PLAIN))
+    weak = weak_views(tmp_path / "d")
+
+    noise = np.array([noised(batch, weak) for batch in batches])
+
+    assert not noise[:, 4:].any()
+    assert noise[:, :4].mean() > 0.9
+
+
+def test_fading_noise_ends_with_weak_views_of_the_pool_alone(tmp_path: Path) -> None:
+    batches = collect(build_batches(tmp_path / "d", plan=build_plan(60, 4, 6), fade_ratio=0.5))
+    weak = weak_views(tmp_path / "d")
+
+    noise = np.array([noised(batch, weak) for batch in batches])
+
+    assert noise[:, :4].mean() > 0.9
+    assert noise[:30, 4:].mean() > 0.9
+    assert 0.3 < noise[40:50, 4:].mean() < 0.7
+    assert noise[56:, 4:].mean() < 0.25
+
+
+def test_pretraining_sees_the_pool_and_finetuning_the_labels(tmp_path: Path) -> None:
+    plan = replace(build_plan(6, 10, 10), labeled_steps=range(4, 6), unlabeled_steps=range(4))
+
+    batches = collect(build_batches(tmp_path / "d", plan=plan, noise=PLAIN))
+
+    assert [len(batch.labels_B) for batch in batches] == [0] * 4 + [10] * 2
+    assert [None if batch.soft_UK is None else len(batch.soft_UK) for batch in batches] == [10] * 4 + [None] * 2
+    assert {batch.images.shape for batch in batches} == {(10, 3, 32, 32)}
+    pool, labeled = weak_views(tmp_path / "d" / "pool"), weak_views(tmp_path / "d" / "labeled")
+    assert [noised(batch, pool) for batch in batches[:4]] == [[False] * 10] * 4
+    assert [noised(batch, labeled) for batch in batches[4:]] == [[False] * 10] * 2
+
+
 def test_images_keep_their_labels(tmp_path: Path) -> None:
-    batches = build_batches(tmp_path / "d", noise=PLAIN, stop_step=9)
+    batches = build_batches(tmp_path / "d", noise=PLAIN, plan=build_plan(9, 4, 6))
     label_of = {decode(path.read_bytes()).tobytes(): NAMES.index(path.parent.name) for path in (tmp_path / "d" / "labeled").glob("*/*.png")}
     selected = SelectedLabels.read(tmp_path / "d" / "selected")
     pool_keys = selected.keys().to_pylist()
@@ -169,13 +212,13 @@ def test_the_cache_changes_nothing(tmp_path: Path) -> None:
 def test_the_bits_do_not_depend_on_the_workers_nor_on_torchs_generator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeConfig
 ) -> None:
-    sizes = {"batch_labeled": 40, "batch_unlabeled": 60}
-    alone = collect(build_batches(tmp_path / "d", **sizes))
+    plan = build_plan(6, 40, 60)
+    alone = collect(build_batches(tmp_path / "d", plan=plan))
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
     monkeypatch.setattr(ml.data, "num_cores", lambda: 2)
     before = torch.random.get_rng_state()
 
-    crowd = collect(build_batches(tmp_path / "d", runtime=runtime, **sizes))
+    crowd = collect(build_batches(tmp_path / "d", runtime=runtime, plan=plan))
 
     assert same(alone, crowd)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -240,7 +283,7 @@ def test_a_killed_worker_is_noticed_and_leaving_ends_the_others(
 ) -> None:
     monkeypatch.setattr(ml.data, "_WORTH_A_WORKER_SECONDS", 0)
     monkeypatch.setattr(ml.data, "num_cores", lambda: 2)
-    batches = build_batches(tmp_path / "d", stop_step=1000, runtime=runtime)
+    batches = build_batches(tmp_path / "d", plan=build_plan(1000, 4, 6), runtime=runtime)
 
     with batches, pytest.raises(LoaderLost, match="worker died with exit code -9"):
         collect_after_killing_a_worker(batches)
@@ -254,11 +297,13 @@ import multiprocessing, os, signal
 from pathlib import Path
 import ml.data
 from ml.config import RuntimeConfig
+from tests.ml.builders_training import build_plan
 from tests.ml.test_data import build_batches
 
 if __name__ == "__main__":
     ml.data._WORTH_A_WORKER_SECONDS = 0
-    next(iter(build_batches(Path({str(tmp_path / "d")!r}), stop_step=100000, runtime=RuntimeConfig(device="cpu", num_loader_workers=1))))
+    runtime = RuntimeConfig(device="cpu", num_loader_workers=1)
+    next(iter(build_batches(Path({str(tmp_path / "d")!r}), plan=build_plan(100000, 4, 6), runtime=runtime)))
     print(multiprocessing.active_children()[0].pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """

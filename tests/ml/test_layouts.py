@@ -29,6 +29,7 @@ from tests.ml import builders_images as images
 from tests.ml import builders_sources as builders
 from tests.ml.builders_generations import RUNTIME, build_generation
 from tests.ml.builders_sources import LAYOUTS
+from tests.ml.builders_training import build_plan
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +251,9 @@ def test_training_sees_the_same_bits(layouts: dict[str, Path], small: bool, load
             unlabeled=None,
             image=ImageConfig(size=32, small_images=small),
             noise=NoiseConfig(),
-            batch_labeled=8,
-            batch_unlabeled=0,
+            plan=build_plan(5, 8),
             seed=5,
             start_step=2,
-            stop_step=5,
             runtime=RuntimeConfig(device="cpu", num_threads=1, num_loader_workers=loaders),
         )
         with batches:

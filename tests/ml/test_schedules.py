@@ -9,11 +9,11 @@ import pytest
 
 from ml.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from ml.errors import TooFewLabels
-from ml.schedules import TrainingPlan, ema_decay_at, learning_rate_at, plan_training
+from ml.schedules import Mixing, TrainingPlan, ema_decay_at, learning_rate_at, noised_ratio_at, plan_training
 
 
 def build_plan(**fields: float) -> TrainingPlan:
-    values = {
+    values: dict[str, object] = {
         "steps": 1000,
         "warmup_steps": 100,
         "decay_every_steps": 240.0,
@@ -21,8 +21,43 @@ def build_plan(**fields: float) -> TrainingPlan:
         "batch_labeled": 8,
         "batch_unlabeled": 0,
         "learning_rate": 0.1,
+        "labeled_steps": range(1000),
+        "unlabeled_steps": range(0),
     }
     return TrainingPlan(**(values | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mixing", "labeled", "unlabeled", "sizes"),
+    [
+        ("joint", range(100), range(100), (8, 24)),
+        ("pseudo-labels-alone", range(0), range(100), (0, 32)),
+        ("pretrain-finetune", range(80, 100), range(80), (32, 32)),
+    ],
+)
+def test_every_mixing_puts_equally_many_images_through_a_step(
+    mixing: Mixing, labeled: range, unlabeled: range, sizes: tuple[int, int]
+) -> None:
+    plan = plan_training(
+        TrainingConfig(steps=100, batch_size=8), num_labeled=50, ratio=3, role="student", mixing=mixing, finetune_ratio=0.2
+    )
+
+    assert (plan.labeled_steps, plan.unlabeled_steps) == (labeled, unlabeled)
+    assert (plan.batch_labeled, plan.batch_unlabeled, plan.batch) == (*sizes, 32)
+
+
+def test_finetuning_has_a_step_however_short_the_training_is() -> None:
+    plan = plan_training(
+        TrainingConfig(steps=2, batch_size=8), num_labeled=50, ratio=1, role="student", mixing="pretrain-finetune", finetune_ratio=0.01
+    )
+
+    assert (plan.labeled_steps, plan.unlabeled_steps) == (range(1, 2), range(1))
+
+
+def test_noise_fades_linearly_over_the_last_share_of_the_steps() -> None:
+    assert [noised_ratio_at(100, 0.5, step) for step in (0, 50, 75, 99)] == pytest.approx([1, 1, 0.5, 0.02])
+    assert [noised_ratio_at(100, 1.0, step) for step in (0, 50, 99)] == pytest.approx([1, 0.5, 0.01])
+    assert noised_ratio_at(100, 0.0, 99) == 1
 
 
 def test_the_papers_numbers_come_out_of_the_papers_recipe() -> None:

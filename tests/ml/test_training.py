@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from ml.prediction import label
 from ml.tasks import TrainingTask
 from ml.training import Training, train
 from ml.training_inputs import gather
+from ml.validation import to_dict
 from tests.ml.builders_generations import build_manifest
 from tests.ml.builders_training import (
     RUNTIME,
@@ -101,6 +102,42 @@ def test_stopped_at_any_step_and_resumed_it_ends_with_the_bits_of_an_undisturbed
         with pytest.raises(Interrupted):
             run(student, folder, should_stop=stop_at(call))
         assert_equal_bits(undisturbed, run(student, folder))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mixing": "pseudo-labels-alone"},
+        {"mixing": "pretrain-finetune"},
+        {"unlabeled_noise": NoiseConfig(randaugment_operations=0, crop_and_flip=False)},
+        {"unlabeled_noise_fade_ratio": 0.7},
+    ],
+)
+def test_every_way_to_show_the_pool_resumes_to_the_bit(student: TrainingTask, tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert student.student is not None
+    task = replace(student, student=replace(student.student, **fields))
+    undisturbed = run(task, tmp_path / "undisturbed")
+
+    with pytest.raises(Interrupted):
+        run(task, tmp_path / "stopped", should_stop=stop_at(7))
+
+    assert_equal_bits(undisturbed, run(task, tmp_path / "stopped"))
+    assert not torch.equal(result(undisturbed)[0]["ema.fc.weight"], result(run(student, tmp_path / "plain"))[0]["ema.fc.weight"])
+
+
+def test_a_training_that_an_older_version_began_goes_on(student: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints name a digest over the fields that it knew."""
+    ours = gather(student).digest
+
+    def as_before(config: object) -> dict[str, Any]:
+        later = ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio")
+        return {name: value for name, value in to_dict(config).items() if name not in later}
+
+    monkeypatch.setattr("ml.training_inputs.to_dict", as_before)
+    assert gather(student).digest == ours
+    monkeypatch.undo()
+    assert student.student is not None
+    assert gather(replace(student, student=replace(student.student, mixing="pretrain-finetune"))).digest != ours
 
 
 def test_a_kill_between_two_checkpoints_costs_steps_but_no_bits(student: TrainingTask, tmp_path: Path) -> None:
