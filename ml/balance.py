@@ -45,8 +45,8 @@ class Tally(NamedTuple):
 class Balance:
     """What `decide` found out and `pick` obeys."""
 
-    low: int
-    """Lowest confidence, as bits, that the threshold lets pass."""
+    low_K: Ints
+    """Lowest confidence, as bits, that the class's threshold lets pass."""
     high: int
     """One above the highest."""
     target: int | None
@@ -99,7 +99,7 @@ class Balance:
 def decide(
     chunks: Callable[[], Iterator[Chunk]],
     config: SelectionConfig,
-    num_classes: int,
+    class_names: Sequence[str],
     *,
     tallies: Callable[[], Iterator[Chunk | Tally]] | None = None,
 ) -> Balance:
@@ -107,7 +107,9 @@ def decide(
 
     `tallies()`, where it is given, is counted instead, and must stand for the same rows.
     """
-    low = _bits(config.min_confidence)
+    num_classes = len(class_names)
+    low_K = np.array([_bits(config.min_confidence_of.get(name, config.min_confidence)) for name in class_names], dtype=np.int64)
+    low = int(low_K.min())
     high = _ONE + 1 if config.max_confidence is None else _bits(config.max_confidence)
     histogram_KT = np.zeros((num_classes, max(1, high - low)), dtype=np.int64)
     histogram_K20 = np.zeros((num_classes, 20), dtype=np.int64)
@@ -117,7 +119,7 @@ def decide(
         coarse_N = np.minimum(19, (part.confidences.astype(np.float32) * 20).astype(np.int64))
         np.add.at(histogram_K20, (part.classes, coarse_N), counts_N)
         np.maximum.at(best_K, part.classes, part.confidences)
-        rows, bits = _passing(part, low, high)
+        rows, bits = _passing(part, low_K, high)
         np.add.at(histogram_KT, (part.classes[rows], bits - low), counts_N[rows])
     passed_K = histogram_KT.sum(1)
     target = _target(config, passed_K)
@@ -126,13 +128,13 @@ def decide(
     capped_K = passed_K > kept_K
     base_K, extra_K = _repeats(config, kept_K, target)
     chosen_K = np.where(capped_K, needed_K, extra_K)
-    hash_K, equal_K = _hash_limits(chunks(), (low, high), cut_K, capped_K, chosen_K)
-    return Balance(low, high, target, passed_K, kept_K, base_K, cut_K, chosen_K, hash_K, equal_K, capped_K, histogram_K20, best_K)
+    hash_K, equal_K = _hash_limits(chunks(), (low_K, high), cut_K, capped_K, chosen_K)
+    return Balance(low_K, high, target, passed_K, kept_K, base_K, cut_K, chosen_K, hash_K, equal_K, capped_K, histogram_K20, best_K)
 
 
 def pick(chunk: Chunk, balance: Balance, equals_K: Ints) -> tuple[Ints, Ints]:
     """The chunk's rows that are kept, and how often each stands in the stream. Counts `equals_K` down."""
-    rows, bits = _passing(chunk, balance.low, balance.high)
+    rows, bits = _passing(chunk, balance.low_K, balance.high)
     classes = chunk.classes[rows]
     stays = bits >= balance.cut_K[classes]
     rows, bits, classes = rows[stays], bits[stays], classes[stays]
@@ -154,7 +156,7 @@ def select_rows(
     confidences: npt.NDArray[np.float16],
     hashes: Hashes,
     config: SelectionConfig,
-    num_classes: int,
+    class_names: Sequence[str],
     *,
     chunk_size: int = 1 << 20,
 ) -> tuple[Ints, Ints]:
@@ -166,7 +168,7 @@ def select_rows(
             of_part = hashes[part]
             yield Chunk(classes[part].astype(np.int64), confidences[part], of_part.__getitem__)
 
-    balance = decide(chunks, config, num_classes)
+    balance = decide(chunks, config, class_names)
     equals_K = balance.fresh_ties()
     rows, repeats = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, chunk in enumerate(chunks()):
@@ -180,9 +182,9 @@ def _bits(confidence: float) -> int:
     return int(np.float16(confidence).view(np.uint16))
 
 
-def _passing(chunk: Chunk | Tally, low: int, high: int) -> tuple[Ints, Ints]:
+def _passing(chunk: Chunk | Tally, low_K: Ints, high: int) -> tuple[Ints, Ints]:
     bits_N = chunk.confidences.view(np.uint16)
-    rows = np.flatnonzero((bits_N >= low) & (bits_N < high))
+    rows = np.flatnonzero((bits_N >= low_K[chunk.classes]) & (bits_N < high))
     return rows, bits_N[rows].astype(np.int64)
 
 
@@ -217,7 +219,7 @@ def _asks_hash(bits: Ints, classes: Ints, cut_K: Ints, capped_K: npt.NDArray[np.
 
 
 def _hash_limits(
-    chunks: Iterator[Chunk], span: tuple[int, int], cut_K: Ints, capped_K: npt.NDArray[np.bool_], chosen_K: Ints
+    chunks: Iterator[Chunk], span: tuple[Ints, int], cut_K: Ints, capped_K: npt.NDArray[np.bool_], chosen_K: Ints
 ) -> tuple[Hashes, Ints]:
     hash_K, equal_K = np.zeros(len(cut_K), dtype=np.uint64), np.zeros(len(cut_K), dtype=np.int64)
     if not chosen_K.any():

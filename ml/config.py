@@ -253,6 +253,8 @@ class SelectionConfig(Checked):
 
     min_confidence: Annotated[float, Interval(ge=0, le=1)] = 0.3
     """Keep an image when the teacher's largest probability reaches this; both are compared in fp16."""
+    min_confidence_of: dict[str, Annotated[float, Interval(ge=0, le=1)]] = field(default_factory=dict)
+    """The threshold of single classes, by name, instead of `min_confidence`: lower for one that the teacher is seldom sure of."""
     max_confidence: Annotated[float, Interval(ge=0, le=1)] | None = None
     """Keep only images below this, to study one interval of confidence; None has no upper end."""
     cap_per_class: Annotated[int, Interval(ge=1)] | Literal["largest-class", "none"] = "largest-class"
@@ -272,9 +274,11 @@ class SelectionConfig(Checked):
     """Iteration 2 and later: select again. Off: keep the first selection and only take the new teacher's labels."""
 
     def check(self) -> None:
-        if self.max_confidence is not None and self.max_confidence <= self.min_confidence:
+        highest = max(self.min_confidence, *self.min_confidence_of.values(), 0.0)
+        if self.max_confidence is not None and self.max_confidence <= highest:
             raise RecipeError(
-                f"max_confidence {self.max_confidence} must exceed min_confidence {self.min_confidence}", pointer="/max_confidence"
+                f"max_confidence {self.max_confidence} must exceed every threshold, of which the highest is {highest}",
+                pointer="/max_confidence",
             )
 
 

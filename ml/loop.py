@@ -27,7 +27,7 @@ from ml.files import write_bytes
 from ml.ingestion import find_leakage, scan
 from ml.manifest import Kind, Manifest, split_validation
 from ml.schedules import check_batches
-from ml.self_training import GenerationRecord, IterationPlan, Stop, next_iteration
+from ml.self_training import GenerationRecord, IterationPlan, Stop, check_thresholds, next_iteration
 from ml.sources import locate
 from ml.tasks import LabelingTask, SelectionTask, TrainingTask
 from ml.validation import to_dict, to_json
@@ -97,6 +97,7 @@ class LocalRun:
         """Refuse at once what a training would refuse later: fewer labels than a batch."""
         labeled = Manifest.read(self._manifest("labeled"))
         training = labeled if self._has("validation") else split_validation(labeled, self.recipe.validation_ratio, self.recipe.seed)[0]
+        check_thresholds(self.recipe.selection, labeled.class_names)
         check_batches(self.recipe, num_labeled=len(training.usable()), iterations=self.recipe.iterations.count)
 
     def _manifest(self, name: str) -> Path:

@@ -31,6 +31,7 @@ from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.files import write_bytes, written_aside
 from ml.manifest import Manifest, count_rows
 from ml.pseudo_labels import METADATA, PROBABILITY_COLUMNS, dense_probs, read_facts, read_histogram, read_shard
+from ml.self_training import check_thresholds
 from ml.tasks import SelectionTask
 
 _CHOICE = ("key", "status", "class", "confidence")
@@ -76,6 +77,7 @@ def select(task: SelectionTask, on_event: OnEvent = ignore, should_stop: ShouldS
     Raises NothingSelected (with the histogram) when nothing, or nothing of a class that must be there, survives,
     PoolTooSmall when the cap exceeds the usable pool, DataError when the shards do not cover the pool exactly once.
     """
+    check_thresholds(task.selection, task.class_names)
     on_event(Event(kind="stage", data={"stage": "selecting"}))
     reader = _Shards(task.shards, task.class_names, on_event, should_stop)
     if reader.num_rows != (num_pool := count_rows(task.unlabeled)):
@@ -179,7 +181,7 @@ class _Vote:
                 num_usable=self._num_usable,
             )
         self._balance = decide(
-            lambda: (self._chunk(table) for table in self._eligible(_CHOICE)), config, len(task.class_names), tallies=self._tallies
+            lambda: (self._chunk(table) for table in self._eligible(_CHOICE)), config, task.class_names, tallies=self._tallies
         )
         _refuse_nothing(self._balance, task)
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ml.config import Recipe, StudentConfig
+from ml.config import Recipe, SelectionConfig, StudentConfig
 from ml.errors import RecipeError
 from ml.recipes import check_network, merge_config
 from ml.validation import build, to_dict
@@ -85,6 +86,15 @@ def next_iteration(
         control=recipe.iterations.control,
         warnings=_warnings(history),
     )
+
+
+def check_thresholds(selection: SelectionConfig, class_names: Sequence[str]) -> None:
+    """RecipeError when a class that has a threshold of its own is none of the labels' classes."""
+    for name in selection.min_confidence_of:
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; they are {', '.join(class_names[:10])}"
+            raise RecipeError(f"min_confidence_of names {name!r}, which is no class of the labels{hint}", pointer="/min_confidence_of")
 
 
 def _gain_too_small(history: Sequence[GenerationRecord], recipe: Recipe) -> Stop | None:

@@ -28,7 +28,7 @@ from server.openapi import problems
 from server.pages import Page, PageDep, read_page
 from server.pool_images import read_pool_image
 from server.recipe_bodies import ShownAs, build_part
-from server.run_checks import find_selection_model
+from server.run_checks import find_selection_model, refuse_thresholds
 
 router = make_router("pseudo-labels")
 
@@ -174,6 +174,7 @@ def create_pseudo_label_set(body: SetRequest, services: ServicesDep, once: OnceD
 
         def create() -> Answer:
             generation = _find_generation(session, body.generation)
+            refuse_thresholds(selection, generation.class_names, pointer="/selection")
             pool = _ready(session, body.unlabeled, kind="unlabeled", pointer="/unlabeled")
             kept_out = [
                 _ready(session, reference, kind="evaluation", pointer=f"/evaluation/{place}").id

@@ -14,9 +14,10 @@ from core.db.generations import get_generation
 from core.db.tables import DatasetVersion, Generation
 from core.errors import FolderRefused, InvalidRequest, LeakageFound, NotFound
 from core.storage import Storage
-from ml.config import NetworkConfig, Recipe
+from ml.config import NetworkConfig, Recipe, SelectionConfig
 from ml.errors import RecipeError, TooFewLabels
 from ml.schedules import check_batches
+from ml.self_training import check_thresholds
 
 if TYPE_CHECKING:
     from ml.manifest import Manifest
@@ -148,6 +149,7 @@ def find_selection_model(session: Session, reference: str, labeled: DatasetVersi
 
 def _check_labels(recipe: Recipe, versions: Versions, *, iterations: int, has_initial: bool) -> None:
     labeled = versions.labeled
+    refuse_thresholds(recipe.selection, labeled.class_names or [], pointer="/recipe/selection")
     num_training = labeled.num_usable or 0
     if versions.validation is None:
         counts: dict[str, int] = (labeled.report or {}).get("classes", {})
@@ -165,6 +167,14 @@ def _check_labels(recipe: Recipe, versions: Versions, *, iterations: int, has_in
         check_batches(recipe, num_labeled=num_training, iterations=max(iterations, 1), has_teacher=has_initial)
     except TooFewLabels as error:
         raise InvalidRequest(str(error), pointer=f"/recipe{error.details['pointers'][0]}", **error.details) from error
+
+
+def refuse_thresholds(selection: SelectionConfig, class_names: list[str], *, pointer: str) -> None:
+    """InvalidRequest for a threshold of a class that there is not."""
+    try:
+        check_thresholds(selection, class_names)
+    except RecipeError as error:
+        raise InvalidRequest(str(error), pointer=f"{pointer}{error.pointer}") from error
 
 
 def _check_pool(recipe: Recipe, unlabeled: DatasetVersion) -> None:

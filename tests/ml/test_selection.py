@@ -19,7 +19,7 @@ from ml.balance import select_rows
 from ml.config import SelectionConfig
 from ml.determinism import keyed_hashes
 from ml.duplicates import find_duplicates
-from ml.errors import ClassMismatch, DataError, Interrupted, NothingSelected, PoolTooSmall
+from ml.errors import ClassMismatch, DataError, Interrupted, NothingSelected, PoolTooSmall, RecipeError
 from ml.manifest import Manifest
 from ml.pseudo_labels import dense_probs, read_shard, write_shard
 from ml.selection import SelectedLabels, select
@@ -136,6 +136,26 @@ def test_an_interval_of_confidence_has_an_upper_end(tmp_path: Path) -> None:
     assert list(pool.select(min_confidence=0.75)) == pool.keys[2:]
 
 
+def test_a_class_with_a_threshold_of_its_own_keeps_what_it_lets_pass(tmp_path: Path) -> None:
+    probs = build_probs(60)
+    pool = Pool(tmp_path, probs, statuses=["ok"] * 60)
+    classes, confidences = probs.argmax(1), probs.max(1).astype(np.float16)
+    name = NAMES[1]
+
+    kept = pool.select(min_confidence=0.8, min_confidence_of={name: 0.4}, cap_per_class="none", require_every_class=False)
+
+    least = np.where(classes == 1, np.float16(0.4), np.float16(0.8))
+    assert list(kept) == [key for key, confidence, low in zip(pool.keys, confidences, least, strict=True) if confidence >= low]
+    assert any(confidence < 0.8 for confidence in confidences[np.isin(pool.keys, list(kept))])
+
+
+def test_a_threshold_of_a_class_that_there_is_not_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, build_probs(20))
+
+    with pytest.raises(RecipeError, match="names 'cats', which is no class of the labels; did you mean 'cat'"):
+        pool.select(min_confidence_of={"cats": 0.2})
+
+
 @given(low=st.floats(0, 1), high=st.floats(0, 1), seed=st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
 def test_a_higher_threshold_never_keeps_more(low: float, high: float, seed: int) -> None:
@@ -144,7 +164,7 @@ def test_a_higher_threshold_never_keeps_more(low: float, high: float, seed: int)
     arrays = (probs.argmax(1), probs.max(1).astype(np.float16), keyed_hashes([str(i) for i in range(300)], seed))
 
     more, fewer = (
-        set(select_rows(*arrays, SelectionConfig(min_confidence=value, cap_per_class="none"), 3)[0].tolist()) for value in (low, high)
+        set(select_rows(*arrays, SelectionConfig(min_confidence=value, cap_per_class="none"), "abc")[0].tolist()) for value in (low, high)
     )
 
     assert fewer <= more
@@ -184,7 +204,7 @@ def test_every_class_hits_the_target_exactly(cap: int, max_repeat: int, seed: in
     hashes = keyed_hashes([str(i) for i in range(100)], seed)
     config = SelectionConfig(min_confidence=0.3, cap_per_class=cap, max_repeat=max_repeat)
 
-    rows, repeats = select_rows(classes, confidences, hashes, config, 3, chunk_size=17)
+    rows, repeats = select_rows(classes, confidences, hashes, config, "abc", chunk_size=17)
 
     for k in range(3):
         available = int(((classes == k) & (confidences >= np.float16(0.3))).sum())
@@ -368,7 +388,7 @@ def test_equal_hashes_still_hit_the_target() -> None:
     config = SelectionConfig(min_confidence=0.3, cap_per_class=4)
     classes, confidences = np.array([0] * 6 + [1] * 3), np.full(9, 0.5, dtype=np.float16)
 
-    rows, repeats = select_rows(classes, confidences, np.zeros(9, np.uint64), config, 2, chunk_size=2)
+    rows, repeats = select_rows(classes, confidences, np.zeros(9, np.uint64), config, "ab", chunk_size=2)
 
     assert rows.tolist() == [0, 1, 2, 3, 6, 7, 8]
     assert repeats.tolist() == [1, 1, 1, 1, 2, 1, 1]

@@ -127,6 +127,7 @@ def test_a_sets_jobs_have_its_priority(service: Service) -> None:
         ({"evaluation": ["pool"]}, "/evaluation/0"),
         ({"labeling": {"shards": 2}}, "/labeling/shards"),
         ({"selection": {"min_confidence": 2}}, "/selection/min_confidence"),
+        ({"selection": {"min_confidence_of": {"emu": 0.2}}}, "/selection/min_confidence_of"),
         ({"labeling": {"selection_model": "generation:gen_no"}}, "/labeling/selection_model"),
     ],
 )

@@ -191,6 +191,7 @@ def test_a_dataset_that_does_not_exist_is_pointed_at(data: Service) -> None:
         ({"teacher": {"training": {"batch_size": 64}}}, "invalid_request", "/recipe/teacher/training/batch_size"),
         ({"students": [{"training": {"batch_size": 13}}]}, "invalid_request", "/recipe/students/0/training/batch_size"),
         ({"selection": {"cap_per_class": 41}}, "invalid_request", "/recipe/selection/cap_per_class"),
+        ({"selection": {"min_confidence_of": {"emu": 0.2}}}, "invalid_request", "/recipe/selection/min_confidence_of"),
         ({"labeling": {"selection_model": "generation:no"}}, "invalid_request", "/recipe/labeling/selection_model"),
     ],
 )
