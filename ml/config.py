@@ -228,6 +228,23 @@ class StudentConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ViewsConfig(Checked):
+    """Which views of an image the teacher looks at; its guess is their mean (data distillation, Radosavovic et al. 2018).
+
+    All are made of the weak view, so one view that is neither mirrored nor zoomed is the weak view itself.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = PYDANTIC_CONFIG
+
+    flip: bool = False
+    """Each view, and its mirror image."""
+    zooms: Annotated[tuple[Annotated[float, Interval(ge=0.25, le=1)], ...], Len(1, 8)] = (1.0,)
+    """Sides of the parts looked at, as shares of the whole view's, each enlarged to its size; 1 is all of it."""
+    corners: bool = False
+    """Of a part smaller than the whole, the four in the corners beside the one in the middle."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelingConfig(Checked):
     """How the un-noised teacher's guesses are made and stored."""
 
@@ -241,6 +258,8 @@ class LabelingConfig(Checked):
     """Images in one shard: the unit of work that any worker can take."""
     calibrate: bool = False
     """Divide the logits by the teacher's fitted temperature before the softmax."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """What the teacher looks at for one guess."""
     selection_model: Annotated[str, Len(1, 500)] | None = None
     """`generation:ID` of another model whose confidences choose the images; the teacher still labels them. None: the teacher."""
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ml import calibration, decoding, evaluation, pseudo_labels
+from ml.averaging import AveragedViews, is_plain
 from ml.config import RuntimeConfig
 from ml.cores import num_cores
 from ml.devices import apply_runtime, autocast, translate_oom
@@ -33,6 +34,7 @@ from ml.models import WEIGHTS, LoadedGeneration, load_generation
 from ml.normalization import Normalization
 from ml.pixels import Preprocessing
 from ml.tasks import EvaluationTask, LabelingTask
+from ml.validation import to_dict
 
 _CPU_BATCH = 8
 _REFERENCE_SIDE = 224
@@ -266,22 +268,28 @@ def label(task: LabelingTask, on_event: OnEvent = ignore, should_stop: ShouldSto
         return _summary(rows, statuses, facts, seconds=time.monotonic() - started, skipped=True)
     on_event(Event(kind="stage", data={"stage": "labeling"}))
     network = cast_once(generation.network) if task.runtime.precision == "bf16" else generation.network
+    num_classes, averages = len(generation.class_names), not is_plain(task.labeling.views)
+    if averages:
+        network = AveragedViews(network, task.labeling.views, temperature=facts["temperature"]).eval()
     views = open_views(rows, generation.preprocessing, task.runtime, largest_batch=task.labeling.batch_size)
     predictions = predict(
         network,
         views,
-        num_classes=len(generation.class_names),
+        num_classes=num_classes + averages,
         runtime=task.runtime,
         on_rows=_progress(on_event, len(rows), "images"),
         should_stop=should_stop,
     )
     if not np.isfinite(predictions.logits).all():
         raise WeightsError(f"the generation in {task.generation} gives logits that are not finite numbers", folder=task.generation)
+    logits_MK, agreement_M = predictions.logits[:, :num_classes], predictions.logits[:, num_classes] if averages else None
     pseudo_labels.write_shard(
         task.output,
         keys=rows.column("key"),
         statuses=predictions.statuses,
-        probs_MK=calibration.softmax(predictions.logits, facts["temperature"]).astype(np.float32),
+        # The mean of several views has its temperature already.
+        probs_MK=calibration.softmax(logits_MK, 1.0 if averages else facts["temperature"]).astype(np.float32),
+        agreement_M=agreement_M,
         class_names=generation.class_names,
         stored_probabilities=task.labeling.stored_probabilities,
         facts=facts,
@@ -317,6 +325,8 @@ def _shard_facts(task: LabelingTask, rows: Manifest, generation: LoadedGeneratio
         "precision": task.runtime.precision,
         "temperature": generation.temperature if task.labeling.calibrate else 1.0,
         "stored_probabilities": task.labeling.stored_probabilities,
+        # Absent from the shards of one plain view, as it was before there were others.
+        "views": None if is_plain(views := task.labeling.views) else to_dict(views) | {"zooms": list(views.zooms)},
     }
 
 

@@ -8,6 +8,7 @@
     top_classes int16[k]|null    the k most probable classes, falling
     top_probs   float16[k]|null
     residual    float16|null     probability of all other classes together
+    agreement   float16|null     share of the teacher's views that alone would have guessed the class; absent where it had one view
 
 Beside the facts, the file's metadata say how many guesses have each class and each confidence, where that is much shorter than the
 columns themselves: selection then counts without reading them.
@@ -49,8 +50,9 @@ def write_shard(
     class_names: Sequence[str],
     stored_probabilities: Stored,
     facts: Mapping[str, Any],
+    agreement_M: npt.NDArray[np.float32] | None = None,
 ) -> None:
-    """Write one shard, whole or not at all. `probs_MK` has a row for each status "ok", in their order.
+    """Write one shard, whole or not at all. `probs_MK` (and `agreement_M`) has a row for each status "ok", in their order.
 
     `facts` are JSON-able words about where the labels come from (generation, digests); `read_facts` gives them back and
     `is_complete` compares them.
@@ -65,6 +67,8 @@ def write_shard(
     columns["class"] = _scatter(classes_M.astype(_class_type(len(class_names))), ok_N)
     columns["confidence"] = _scatter(probs_MK.max(1, initial=0).astype(np.float16), ok_N)
     columns |= _probability_columns(probs_MK, ok_N, stored_probabilities)
+    if agreement_M is not None:
+        columns["agreement"] = _scatter(agreement_M.astype(np.float16), ok_N)
     words = json.dumps({"class_names": list(class_names), **facts}, sort_keys=True)
     histogram = _count(classes_M, probs_MK.max(1, initial=0).astype(np.float16))
     write_table(pa.table(columns), path, words, histogram=histogram)

@@ -306,7 +306,7 @@ def _write(path: Path, parts: Iterator[pa.Table], class_names: Sequence[str]) ->
     writer = None
     try:
         for part in parts:
-            names = ("key", "class", "confidence", "repeat", *PROBABILITY_COLUMNS)
+            names = ("key", "class", "confidence", "repeat", "agreement", *PROBABILITY_COLUMNS)
             table = part.select([name for name in names if name in part.column_names]).replace_schema_metadata(metadata)
             if writer is None:
                 writer = pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False)

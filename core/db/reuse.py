@@ -58,11 +58,18 @@ def shard_keys(session: Session, job_input: Mapping[str, Any], *, runtime: Mappi
         "labels": LABELS,
         "rows": [job_input["start"], job_input["stop"]],
         "network": network,
-        "labeling": {name: job_input["labeling"][name] for name in _LABELING},
+        "labeling": {name: job_input["labeling"][name] for name in _LABELING} | _views_of(job_input["labeling"]),
         "runtime": {name: runtime[name] for name in _RUNTIME},
         "host": dict(host),
     }
     return ShardKeys(_digest(facts | {"manifest": version.manifest_digest}), _digest(facts | {"dataset": version.dataset_id}))
+
+
+def _views_of(labeling: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing for the one plain view that there was before there were others."""
+    views = labeling.get("views") or {}
+    is_plain = not views.get("flip") and list(views.get("zooms", [1.0])) == [1.0]
+    return {} if is_plain else {"views": views}
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "another calibration that is not asked for": {"generation": {"calibration_json": "other"}},
     "the same pool under another name": {"pool": "the manifest"},
     "other shards around it": {"labeling": {"shard_size": 5}},
+    "one plain view, said in words": {"labeling": {"views": {"flip": False, "zooms": [1.0], "corners": True}}},
     "another chooser": {"labeling": {"selection_model": "generation:gen_x"}},
     "other loader workers": {"runtime": {"num_loader_workers": 7}},
 }
@@ -57,6 +58,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "other class names": {"generation": {"class_names_json": "other"}},
     "another manifest": {"pool": "another manifest"},
     "other rows": {"rows": (4, 8)},
+    "more views": {"labeling": {"views": {"flip": True, "zooms": [1.0], "corners": False}}},
     "fewer rows": {"rows": (0, 3)},
     "other probabilities kept": {"labeling": {"stored_probabilities": 1}},
     "another batch": {"labeling": {"batch_size": 5}},
