@@ -192,10 +192,11 @@ def _zoomed_places(length: int, factor: float) -> list[tuple[NDArray[np.intp], N
     cut = math.ceil(length / factor)
     stretched = round(cut * factor)
     at = np.arange(length) + (stretched - length) // 2
-    exact = (length - cut) // 2 + at * ((cut - 1) / max(1, stretched - 1))
-    low = np.minimum(exact.astype(np.intp), length - 1)
-    share = exact - low
-    return [(low, 1 - share), (np.minimum(low + 1, length - 1), share)]
+    exact = (length - cut) // 2 + at.astype(np.float64) * ((cut - 1) / max(1, stretched - 1))
+    low: NDArray[np.intp] = np.minimum(exact.astype(np.intp), length - 1)
+    high: NDArray[np.intp] = np.minimum(low + 1, length - 1)
+    share: NDArray[np.float64] = exact - low
+    return [(low, 1 - share), (high, share)]
 
 
 @lru_cache(maxsize=4096)

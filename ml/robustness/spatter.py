@@ -32,7 +32,8 @@ def spatter(images_NHWC: Bytes, constants: Constants, draws: Draws) -> Bytes:
         return under_water(images_NHWC, liquid_NHW, strength)
     mud_NHW1 = gaussian_blur((liquid_NHW > np.float32(threshold)).astype(np.float32)[..., None], strength)
     mud_NHW1[mud_NHW1 < np.float32(0.8)] = 0
-    return to_bytes(to_levels(images_NHWC) * (1 - mud_NHW1) + mud_NHW1 * _MUD)
+    muddy_NHWC: Floats = to_levels(images_NHWC) * (1 - mud_NHW1) + mud_NHW1 * _MUD
+    return to_bytes(muddy_NHWC)
 
 
 def liquid(normal_NHW: Floats, mean: float, deviation: float, sigma: float, threshold: float) -> Floats:
@@ -48,7 +49,8 @@ def under_water(images_NHWC: Bytes, liquid_NHW: Floats, strength: float) -> Byte
     drops_NHW = (liquid_NHW * 255).astype(np.uint8)
     shine_NHW = np.stack([drops_HW * _relief(drops_HW) for drops_HW in drops_NHW])
     shine_NHW *= np.float32(strength) / np.maximum(shine_NHW.max(axis=(1, 2), keepdims=True), np.float32(1e-12))
-    return to_bytes(to_levels(images_NHWC) + shine_NHW[..., None] * _WATER)
+    shining_NHWC: Floats = to_levels(images_NHWC) + shine_NHW[..., None] * _WATER
+    return to_bytes(shining_NHWC)
 
 
 def _relief(drops_HW: Bytes) -> Floats:
