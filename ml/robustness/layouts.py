@@ -89,7 +89,9 @@ def class_folders(root: Path, class_names: Sequence[str]) -> tuple[list[Path], N
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     unknown = [name for name in found if name not in place]
     if unknown:
-        raise ClassMismatch(f"{root} has {len(unknown)} folders that are no class of the network, as {', '.join(unknown[:5])}", unknown=unknown)
+        raise ClassMismatch(
+            f"{root} has {len(unknown)} folders that are no class of the network, as {', '.join(unknown[:5])}", unknown=unknown
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for name in found:
@@ -160,7 +162,9 @@ def _check_blocks(path: Path, images: NDArray[Any], labels: NDArray[Any]) -> Non
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise DataError(f"{path} must hold uint8 images [N, H, W, 3], it holds {images.dtype} {list(images.shape)}")
     if labels.ndim != 1 or len(labels) == 0 or len(labels) % len(SEVERITIES):
-        raise DataError(f"labels.npy beside {path} must hold 5 blocks of equally many labels, one a severity; it holds {list(labels.shape)}")
+        raise DataError(
+            f"labels.npy beside {path} must hold 5 blocks of equally many labels, one a severity; it holds {list(labels.shape)}"
+        )
     lacking = [severity for severity, block in zip(SEVERITIES, _blocks(len(labels)), strict=True) if block.stop > len(images)]
     if lacking or len(images) > len(labels):
         which = f"severity {', '.join(map(str, lacking))} is not all there" if lacking else "there are more images than labels"

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ml.calibration import Floats, Integers
 from ml.errors import ClassMismatch, DataError
@@ -212,14 +211,3 @@ def _list(classes: tuple[str, ...] | None) -> str:
 
 def _listed(classes: tuple[str, ...] | None) -> list[str] | None:
     return None if classes is None else list(classes)
-
-
-def describe(score: CorruptionScore | FlipScore) -> dict[str, Any]:
-    """JSON-able."""
-    return score._asdict()
-
-
-def top1_classes(logits_MTK: Floats) -> NDArray[np.int64]:
-    """The class of every frame, [M, T]; of equal logits the first."""
-    classes_MT: NDArray[np.int64] = logits_MTK.argmax(axis=-1)
-    return classes_MT

@@ -14,9 +14,9 @@ from ml.robustness.filters import gaussian_blur, pad
 from ml.robustness.levels import Bytes, Floats, to_bytes, to_levels
 from ml.robustness.severities import Constants
 
-_WATER = np.array([175, 238, 238], np.float32)
+_WATER: Floats = np.array([175, 238, 238], np.float32)
 """Pale turquoise."""
-_MUD = np.array([63, 42, 20], np.float32)
+_MUD: Floats = np.array([63, 42, 20], np.float32)
 _LOW, _HIGH = 50, 150
 """Canny's thresholds on |dx| + |dy| of Sobel's operator: an edge begins at the higher and goes on to the lower."""
 _FARTHEST = 20
@@ -45,9 +45,9 @@ def liquid(normal_NHW: Floats, mean: float, deviation: float, sigma: float, thre
 
 def under_water(images_NHWC: Bytes, liquid_NHW: Floats, strength: float) -> Bytes:
     """The images behind drops, which are brightest at their edges. Without a drop the image stays as it is."""
-    # As the public code casts: levels above 255 would begin again at 0; the noise does not reach them.
-    drops_NHW = (liquid_NHW * 255).astype(np.uint8)
-    shine_NHW = np.stack([drops_HW * _relief(drops_HW) for drops_HW in drops_NHW])
+    # Clipped, where the public code would begin again at 0: a drop in millions.
+    drops_NHW = np.minimum(liquid_NHW * 255, 255).astype(np.uint8)
+    shine_NHW: Floats = np.stack([drops_HW * _relief(drops_HW) for drops_HW in drops_NHW])
     shine_NHW *= np.float32(strength) / np.maximum(shine_NHW.max(axis=(1, 2), keepdims=True), np.float32(1e-12))
     shining_NHWC: Floats = to_levels(images_NHWC) + shine_NHW[..., None] * _WATER
     return to_bytes(shining_NHWC)
