@@ -1,8 +1,7 @@
 """The perturbation sequences of ImageNet-P and CIFAR-10-P: short films of an image that changes a little from frame to frame.
 
 Written from the constants of hendrycks/robustness, ImageNet-P/create_p/make_imagenet_p.py (224 px) and make_cifar_p.py (32 px),
-at difficulty 1. What differs from the public files: the frames stay as they are made, where ImageNet-P's went through H.264; tilt is
-interpolated by Pillow, which beyond the image's border begins black at once.
+at difficulty 1. What differs from the public files: the frames stay as they are made, where ImageNet-P's went through H.264.
 
 N images, T frames, H W rows and columns, C = 3 channels.
 """
@@ -30,6 +29,7 @@ _AFFINE, _PERSPECTIVE = Image.Transform.AFFINE, Image.Transform.PERSPECTIVE
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 _KEPT_UNDER_SNOW = 0.85
 _ZOOM_STEP = 0.004
+_BORDER = 2
 _WRITTEN_AT_ONCE = 64
 
 
@@ -264,12 +264,13 @@ def _around_center(image_HWC: Bytes, cosine: float, sine: float) -> Bytes:
 
 
 def _tilt(image_HWC: Bytes, frame: Frame, constants: Constants, _: Draws) -> Iterator[Bytes]:
-    image = Image.fromarray(image_HWC)
+    height, width = image_HWC.shape[:2]
+    # With a black border around it, the picture's own border fades into black, as OpenCV has it.
+    image = Image.fromarray(np.pad(image_HWC, ((_BORDER, _BORDER), (_BORDER, _BORDER), (0, 0))))
     for at in range(_NUM_FRAMES):
-        seen = image.transform(
-            image.size, _PERSPECTIVE, tilt_inverse(image.width, image.height, (at - 15) * constants.tilt_step), _BILINEAR
-        )
-        yield _center(np.asarray(seen), frame)
+        a, b, c, d, e, f, g, h = tilt_inverse(width, height, (at - 15) * constants.tilt_step)
+        moved = (a + _BORDER * g, b + _BORDER * h, c + _BORDER, d + _BORDER * g, e + _BORDER * h, f + _BORDER, g, h)
+        yield _center(np.asarray(image.transform((width, height), _PERSPECTIVE, moved, _BILINEAR)), frame)
 
 
 def tilt_inverse(width: int, height: int, degrees: float) -> tuple[float, ...]:

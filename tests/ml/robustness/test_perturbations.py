@@ -63,10 +63,8 @@ def test_the_first_frame_is_the_image_itself(perturbation: str) -> None:
 def test_in_the_middle_the_image_stands_as_it_is(perturbation: str, at: int) -> None:
     middle = frames_of(perturbation)[:, at].astype(np.int16)
 
-    # Tilt's plane stands one pixel behind the picture's, as in the public code.
-    border = 2 if perturbation == "tilt" else 0
-    inner = slice(border, 32 - border)
-    assert np.abs(middle - build_photographs()[:2])[:, inner, inner].mean() < (6 if perturbation == "tilt" else 0.01)
+    # Tilt's plane stands one pixel behind the picture's, as in the public code: the picture is a 45th smaller.
+    assert np.abs(middle - build_photographs()[:2]).mean() < (8 if perturbation == "tilt" else 0.01)
 
 
 @pytest.mark.parametrize("at", [0, 9, 30])
