@@ -61,7 +61,7 @@ def corrupt(images_NHWC: Bytes, corruption: str, severity: int, *, seed: int, in
     corrupted_NHWC = np.empty_like(images_NHWC)
     for start in range(0, len(images_NHWC), chunk):
         part = slice(start, start + chunk)
-        draws = Draws(indices[part], seed, "corruption", corruption, severity)
+        draws = Draws(indices[part], seed, "corruption", corruption, int(severity))
         corrupted_NHWC[part] = _FUNCTIONS[corruption](images_NHWC[part], constants, draws)
     return corrupted_NHWC
 

@@ -20,8 +20,9 @@ class Draws:
 
     def __init__(self, indices: Sequence[int], seed: int, *words: Word) -> None:
         """`indices` are the images' places in their data set; `words` name what is done to them."""
-        self.indices = indices
-        self._seed = seed
+        # Plain integers: a draw is named by how its words print, and numpy's print otherwise.
+        self.indices = [int(index) for index in indices]
+        self._seed = int(seed)
         self._words = words
         self._generator_for = ReusedGenerator()
 

@@ -1,7 +1,7 @@
 """The public robustness data sets as they lie on a disk: ImageNet-C, -A and -R, CIFAR-10-C and -P.
 
 Nothing is fetched. A folder gives paths and labels, to be decoded by `ml.pixels` like any other image; an array gives a memory
-map. N images, T frames, H W rows and columns, C channels, K classes.
+map. ImageNet-P lies in films, for which there is no decoder here. N images, T frames, H W rows and columns, C channels, K classes.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ml.robustness import filters
 from ml.robustness.draws import Draws
-from ml.robustness.frost import NUM_TEXTURES, SIDE, textures
+from ml.robustness.frost import NUM_TEXTURES, textures
 from ml.robustness.levels import Bytes, Floats, to_bytes, to_levels, to_nearest_bytes
 from ml.robustness.severities import SMALL_SIDE, Constants
 
@@ -81,11 +83,16 @@ def frost(images_NHWC: Bytes, constants: Constants, draws: Draws) -> Bytes:
 
 
 def _textures_for(height: int, width: int) -> Bytes:
-    """Larger than the image: half as large again where our own are too small."""
+    """Larger than the image: drawn out to half as large again where our own are too small."""
     made = textures(small=min(height, width) <= SMALL_SIDE)
     if max(height, width) < made.shape[1]:
         return made
-    side = max(SIDE, int(max(height, width) * 1.5))
+    return _enlarged(int(max(height, width) * 1.5))
+
+
+@lru_cache(maxsize=2)
+def _enlarged(side: int) -> Bytes:
+    made = textures(small=False)
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in made])
 
 

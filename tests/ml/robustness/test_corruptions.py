@@ -85,6 +85,15 @@ def test_the_order_of_a_batch_does_not_matter(order: list[int], corruption: str,
     assert np.array_equal(corrupt(images[order], corruption, severity, seed=2, indices=order), in_order[order])
 
 
+def test_numpys_integers_name_the_same_draws_as_pythons() -> None:
+    images = build_photographs()
+
+    plain = corrupt(images, "gaussian_noise", 2, seed=7, indices=range(12))
+    numpys = corrupt(images, "gaussian_noise", np.int64(2), seed=np.int64(7), indices=np.arange(12))  # type: ignore[arg-type]
+
+    assert np.array_equal(plain, numpys)
+
+
 @pytest.mark.parametrize("corruption", ALL)
 def test_one_seed_gives_one_result(corruption: str) -> None:
     assert np.array_equal(corrupted(corruption), corrupted(corruption))
