@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ml.robustness.draws import Draws
-from ml.robustness.filters import gaussian_matrix, mirror, mirror_between
+from ml.robustness.filters import mirror, mirror_between, smooth_fields
 from ml.robustness.levels import Bytes, Floats, to_bytes, to_levels
 from ml.robustness.severities import Constants
 
@@ -55,10 +55,8 @@ def elastic_transform(images_NHWC: Bytes, constants: Constants, draws: Draws) ->
     levels_NHWC = sample(to_levels(images_NHWC), rows_NHW, columns_NHW, mirror)
     if displacement:
         fields_N2HW = draws.uniforms("field", 2, height, width).astype(np.float64) * 2 - 1
-        by_rows, by_columns = (gaussian_matrix(length, sigma, truncate=_TRUNCATE) for length in (height, width))
-        # numpy passes the fields to BLAS one by one, always in the same shape: the batch does not matter. float64, because
-        # the smoothing leaves a small part of what went in.
-        fields_N2HW = by_rows @ fields_N2HW @ by_columns.T * displacement
+        # In float64, because the smoothing leaves a small part of what went in.
+        fields_N2HW = smooth_fields(fields_N2HW, sigma, truncate=_TRUNCATE) * displacement
         rows_NHW = (np.arange(height)[:, None] + fields_N2HW[:, 0]).astype(np.float32)
         columns_NHW = (np.arange(width) + fields_N2HW[:, 1]).astype(np.float32)
         levels_NHWC = sample(levels_NHWC, rows_NHW, columns_NHW, mirror_between)

@@ -122,17 +122,27 @@ def gaussian_blur(levels_NHWC: Floats, sigma: float) -> Floats:
     return out_NHWC
 
 
+def smooth_fields(fields_NHW: NDArray[np.float64], sigma: float, *, truncate: float) -> NDArray[np.float64]:
+    """Gaussian blur of fields of numbers, mirrored behind their borders however far the curve reaches.
+
+    A field beside its mirror images repeats every 2 * length, which is what Fourier space takes for granted; so the cost does
+    not grow with sigma. No BLAS: its threads wait for each other longer than a field this small takes.
+    """
+    height, width = fields_NHW.shape[-2:]
+    beside_NHW = np.concatenate([fields_NHW, fields_NHW[..., ::-1, :]], axis=-2)
+    spectrum = np.fft.rfft2(np.concatenate([beside_NHW, beside_NHW[..., ::-1]], axis=-1))
+    spectrum *= _response(2 * height, sigma, truncate)[:, None] * _response(2 * width, sigma, truncate)[: width + 1]
+    smooth: NDArray[np.float64] = np.fft.irfft2(spectrum, s=(2 * height, 2 * width))[..., :height, :width]
+    return smooth
+
+
 @lru_cache(maxsize=64)
-def gaussian_matrix(length: int, sigma: float, *, truncate: float) -> NDArray[np.float64]:
-    """[length, length]: the blur of a line as a matrix, mirrored behind its ends however far the curve reaches."""
-    weights = gaussian_weights(sigma, truncate=truncate) if sigma else [1.0]
-    margin = len(weights) // 2
-    matrix = np.zeros((length, length))
-    for at, weight in enumerate(weights):
-        sources = mirror_between(np.arange(length) + at - margin, length)
-        np.add.at(matrix, (np.arange(length), sources), weight)
-    matrix.setflags(write=False)
-    return matrix
+def _response(length: int, sigma: float, truncate: float) -> NDArray[np.float64]:
+    """What the blur leaves of each frequency of a line that repeats after `length` pixels."""
+    weights = gaussian_weights(sigma, truncate=truncate)
+    around = np.zeros(length)
+    np.add.at(around, (np.arange(len(weights)) - len(weights) // 2) % length, weights)
+    return np.fft.fft(around).real
 
 
 class PixelMap:

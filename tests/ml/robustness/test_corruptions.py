@@ -122,12 +122,12 @@ def test_the_images_that_go_in_stay_as_they_are(corruption: str) -> None:
 
 
 @pytest.mark.parametrize("corruption", ALL)
-@pytest.mark.parametrize("severity", SEVERITIES)
 @pytest.mark.parametrize("shape", [(33, 47), (70, 66)])
-def test_images_need_not_be_square(corruption: str, severity: int, shape: tuple[int, int]) -> None:
+def test_images_need_not_be_square(corruption: str, shape: tuple[int, int]) -> None:
     images = np.ascontiguousarray(build_photographs(96)[:2, : shape[0], : shape[1]])
 
-    assert corrupt(images, corruption, severity, seed=1, indices=[0, 1]).shape == images.shape
+    for severity in SEVERITIES:
+        assert corrupt(images, corruption, severity, seed=1, indices=[0, 1]).shape == images.shape
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
@@ -215,6 +215,19 @@ def test_a_long_filter_and_a_short_one_are_the_same_sum(radius_softness: tuple[f
         found.append(filters.convolve(levels, kernel))
 
     np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.9, 4.0, 30.0])
+def test_fields_are_smoothed_as_if_mirrored_without_end(sigma: float) -> None:
+    field = np.random.default_rng(5).normal(size=(1, 12, 9))
+    weights = filters.gaussian_weights(sigma, truncate=3)
+    reach = len(weights) // 2
+
+    found = filters.smooth_fields(field, sigma, truncate=3)
+
+    padded = np.pad(field[0], reach, mode="symmetric")
+    rows = np.apply_along_axis(np.convolve, 0, padded, weights, mode="valid")
+    np.testing.assert_allclose(found[0], np.apply_along_axis(np.convolve, 1, rows, weights, mode="valid"), atol=1e-12)
 
 
 def one_by_one(pixels: npt.NDArray[np.intp], steps: npt.NDArray[np.intp], shift: int) -> npt.NDArray[np.intp]:
