@@ -28,7 +28,7 @@ def test_every_room_stands_in_a_contract() -> None:
 def test_the_floors_of_core_and_ml_are_exhaustive() -> None:
     exhaustive = {container for contract in CONTRACTS if contract.get("exhaustive") for container in contract["containers"]}
 
-    assert exhaustive == {"core", "core.db", "core.storage", "ml"}
+    assert exhaustive == {"core", "core.db", "core.storage", "ml", "ml.robustness"}
 
 
 def test_every_module_with_routes_is_one_of_the_servers_independent_nouns() -> None:
