@@ -133,8 +133,8 @@ def list_batch_items(job_id: str, services: ServicesDep, page: PageDep) -> Page[
         raise Expired(message, setting="NOISY_STUDENT_KEEP_PREDICTIONS_DAYS", make_again=again)
     listing = f"batch-items:{job_id}"
     position = 0 if page.cursor is None else cursors.decode(listing, page.cursor)[0]
-    path = services.storage.fetch(files["predictions.parquet"])
-    rows, following = read_rows(path, position=position, limit=page.limit, columns=_COLUMNS)
+    with services.files.reading(files["predictions.parquet"]) as path:
+        rows, following = read_rows(path, position=position, limit=page.limit, columns=_COLUMNS)
     items = [_show(row) for row in rows]
     return Page(items=items, next_cursor=None if following is None else cursors.encode(listing, [following]))
 

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
 from core.db import datasets as rows
-from core.db.files import list_files
 from core.db.jobs import NewJob, enqueue
 from core.db.tables import Dataset, DatasetVersion, Job
 from core.errors import InvalidRequest, NotReady
@@ -287,15 +286,11 @@ def list_dataset_images(
         version = rows.find_version(session, version_id)[1]
         if version.status != "ready":
             raise NotReady(f"dataset version {version.id} is {version.status}; see job {version.job_id}", job_id=version.job_id)
-        digest = next(file.digest for file in list_files(session, version.id) if file.name == "manifest.parquet")
     listing = f"images?{version.id}&{status}"
-    found, after = read_rows(
-        services.storage.fetch(digest),
-        position=_position(services, listing, page),
-        limit=page.limit,
-        columns=IMAGE_COLUMNS,
-        equal=None if status is None else {"status": status},
-    )
+    position, equal = _position(services, listing, page), None if status is None else {"status": status}
+    assert version.manifest_digest is not None
+    with services.files.reading(version.manifest_digest) as path:
+        found, after = read_rows(path, position=position, limit=page.limit, columns=IMAGE_COLUMNS, equal=equal)
     cursor = None if after is None else services.cursors.encode(listing, [after])
     return Page(items=[ImageView(**row) for row in found], next_cursor=cursor)
 
@@ -314,7 +309,7 @@ def read_leakage(
             raise NotReady(f"dataset version {version.id} is {version.status}; see job {version.job_id}", job_id=version.job_id)
     # The smaller one is held in memory; the larger one is read in pieces.
     small, large = sorted(found, key=lambda side: found[side].num_images or 0)
-    num, keys = list_leakage(services.storage, {small: found[small]}, {large: found[large]})
+    num, keys = list_leakage(services.files, {small: found[small]}, {large: found[large]})
     return LeakageView(num=num, items=[LeakView(**{small: one["key"], large: one["other_key"]}, by=one["by"]) for one in keys])
 
 

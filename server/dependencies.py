@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.pages import Cursors
 from server.progress import ProgressHub
 from server.serving import Serving
+from server.stored_files import StoredFiles
 from server.strict_json import StrictRoute
 from server.waiting import QueueCounts
 
@@ -45,6 +46,7 @@ class Services:
         self.settings = settings
         self.database = Database(settings.resolved_database_url)
         self.storage: Storage = make_storage(settings)
+        self.files = StoredFiles(self.database, self.storage)
         # For the images that people look at; somebody waits for them.
         objects.use(_read_access(settings))
         find_stored_at(self.storage.root)
@@ -53,7 +55,7 @@ class Services:
         self.progress = ProgressHub(self.database)
         self.queued: Counted[QueueCounts] = Counted()
         answers = settings.predict or predictor_only
-        self.serving = Serving(settings, self.database, self.storage, self.metrics, answers=answers)
+        self.serving = Serving(settings, self.database, self.storage, self.files, self.metrics, answers=answers)
         self._cursors: Cursors | None = None
         self._lock = threading.Lock()
 

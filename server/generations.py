@@ -152,7 +152,7 @@ def read_generation_file(generation_id: str, name: str, services: ServicesDep) -
     if name not in digests:
         raise NotFound(f"generation {generation_id} has no file {name!r}; it has {', '.join(digests)}")
     headers = {"ETag": f'"{digests[name]}"'}
-    return FileResponse(services.storage.fetch(digests[name]), media_type="application/octet-stream", filename=name, headers=headers)
+    return services.files.send(digests[name], media_type="application/octet-stream", filename=name, headers=headers)
 
 
 @router.post("/generations/import", summary="Import a network", status_code=202, response_model=JobView, responses=problems(409, 413, 415))
@@ -186,8 +186,9 @@ def compare_generations(
     split: Annotated[Literal["validation", "test"], Query(description="`validation` may choose; `test` only reports.")] = "validation",
 ) -> Comparison:
     """Image by image, so that what both find easy or hard cancels. 409 when the two were measured on different images."""
-    a_files, b_files = services.serving.generation_files(other), services.serving.generation_files(generation_id)
-    compared = compare_files(a_files, b_files, f"{split}_predictions.parquet")
+    name, files = f"{split}_predictions.parquet", services.serving.generation_files
+    with files(other, name) as a_files, files(generation_id, name) as b_files:
+        compared = compare_files(a_files, b_files, name)
     if isinstance(compared, str):
         raise Conflict(f"generation {generation_id} cannot be compared with {other}: {compared}")
     return Comparison(a=other, b=generation_id, split=split, **compared)

@@ -88,7 +88,7 @@ def start_one_iteration(
             if version_id is not None
         }
     if pool.id != run.unlabeled_version_id:
-        check_leakage(services.storage, evaluation, {"unlabeled": pool})
+        check_leakage(services.files, evaluation, {"unlabeled": pool})
     with services.database.transaction() as session:
         return once.run(session, lambda: _start(session, run_id, body, pool, services.settings.roots))
 

@@ -191,7 +191,8 @@ def read_job_log(
             with services.database.reading() as session:
                 digests |= {int(match[1]): row.digest for row in list_files(session, job_id) if (match := _LOG_NAME.fullmatch(row.name))}
     if number not in here and number in digests:
-        text, truncated = _tail(services.storage.fetch(digests[number]))
+        with services.files.reading(digests[number]) as path:
+            text, truncated = _tail(path)
     return LogView(job_id=job_id, attempt=number, attempts=attempts, text=text, truncated=truncated)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from core.db.promotions import get_alias, move_alias, rollback_target
 from core.db.tables import Alias, Promotion
 from core.errors import InvalidRequest, NotFound, PreconditionFailed, PreconditionRequired
 from server.dependencies import PrincipalDep, Services, ServicesDep, make_router
-from server.gate import pass_gate
+from server.gate import PREDICTIONS, pass_gate
 from server.openapi import problems
 from server.pages import Page, PageDep, read_page
 
@@ -149,14 +150,7 @@ def promote(
     if alias is not None and alias.generation_id == body.generation:
         response.headers["ETag"] = _etag(alias.version)
         return _show(alias)
-    serving = services.serving
-    gate = pass_gate(
-        incumbent_id=None if alias is None else alias.generation_id,
-        incumbent={} if alias is None else serving.generation_files(alias.generation_id),
-        candidate_id=body.generation,
-        candidate=serving.generation_files(body.generation),
-        force=body.force,
-    )
+    gate = _pass_gate(services, alias, body)
     forced = gate["decision"].startswith("forced")
     return _move(
         services,
@@ -170,6 +164,16 @@ def promote(
         reason=body.reason,
         actor=principal.key_id,
     )
+
+
+def _pass_gate(services: Services, alias: Alias | None, body: PromotionRequest) -> dict[str, Any]:
+    files = services.serving.generation_files
+    incumbent_id = None if alias is None else alias.generation_id
+    before: AbstractContextManager[dict[str, Any]] = nullcontext({}) if incumbent_id is None else files(incumbent_id, PREDICTIONS)
+    with before as incumbent, files(body.generation, PREDICTIONS) as candidate:
+        return pass_gate(
+            incumbent_id=incumbent_id, incumbent=incumbent, candidate_id=body.generation, candidate=candidate, force=body.force
+        )
 
 
 @router.post("/aliases/{name}/rollback", summary="Roll an alias back", responses=problems(404, 409, 412, 413, 415, 428))

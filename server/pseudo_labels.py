@@ -321,8 +321,8 @@ def list_label_items(
     listing = f"items:{set_id}?{class_name}&{min_confidence}&{max_confidence}&{selected}"
     position = 0 if page.cursor is None else cursors.decode(listing, page.cursor)[0]
     wanted = ItemFilter(class_name=class_name, min_confidence=min_confidence, max_confidence=max_confidence, selected=selected)
-    path = services.storage.fetch(digests["items.parquet"])
-    rows, following = read_items(path, class_names, wanted, position=position, limit=page.limit)
+    with services.files.reading(digests["items.parquet"]) as path:
+        rows, following = read_items(path, class_names, wanted, position=position, limit=page.limit)
     items = [
         LabelItem(**row, selected=row["repeat"] > 0, image=f"{API}/pseudo-label-sets/{set_id}/items/{quote(row['key'])}/image")
         for row in rows
@@ -362,7 +362,8 @@ def read_label_image(set_id: str, key: str, services: ServicesDep) -> Response:
     with services.database.reading() as session:
         version = get_version(session, get_set(session, set_id).unlabeled_version_id)
     assert version.manifest_digest is not None
-    data, media_type = read_pool_image(services.storage.fetch(version.manifest_digest), key)
+    with services.files.reading(version.manifest_digest) as manifest:
+        data, media_type = read_pool_image(manifest, key)
     # What is no image is for saving, never for a browser to make something of.
     headers = {} if media_type.startswith("image/") else {"Content-Disposition": "attachment"}
     return Response(data, media_type=media_type, headers=headers)

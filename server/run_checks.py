@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from core.db.datasets import check_folder, get_ready_version
 from core.db.generations import get_generation
 from core.db.tables import DatasetVersion, Generation
 from core.errors import FolderRefused, InvalidRequest, LeakageFound, NotFound
-from core.storage import Storage
 from ml.config import NetworkConfig, Recipe, SelectionConfig
 from ml.errors import RecipeError, TooFewLabels
 from ml.schedules import check_batches
 from ml.self_training import check_thresholds
+from server.stored_files import StoredFiles
 
 if TYPE_CHECKING:
     from ml.manifest import Manifest
@@ -188,16 +189,16 @@ def _check_pool(recipe: Recipe, unlabeled: DatasetVersion) -> None:
         )
 
 
-def check_all_leakage(storage: Storage, versions: Versions) -> None:
+def check_all_leakage(files: StoredFiles, versions: Versions) -> None:
     """LeakageFound when what measures also sits in what is trained on, or the test in the validation, which chooses."""
-    check_leakage(storage, versions.evaluation(), {"labeled": versions.labeled, "unlabeled": versions.unlabeled})
+    check_leakage(files, versions.evaluation(), {"labeled": versions.labeled, "unlabeled": versions.unlabeled})
     if versions.test is not None and versions.validation is not None:
-        check_leakage(storage, {"test": versions.test}, {"validation": versions.validation})
+        check_leakage(files, {"test": versions.test}, {"validation": versions.validation})
 
 
-def check_leakage(storage: Storage, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]) -> None:
+def check_leakage(files: StoredFiles, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]) -> None:
     """LeakageFound when an evaluation image, by file or by pixels, also sits in the others. Reads manifests, so: no transaction."""
-    num_keys, keys = list_leakage(storage, evaluation, others)
+    num_keys, keys = list_leakage(files, evaluation, others)
     if num_keys:
         first = keys[0]
         raise LeakageFound(
@@ -211,7 +212,7 @@ def check_leakage(storage: Storage, evaluation: Mapping[str, DatasetVersion], ot
 
 
 def list_leakage(
-    storage: Storage, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]
+    files: StoredFiles, evaluation: Mapping[str, DatasetVersion], others: Mapping[str, DatasetVersion]
 ) -> tuple[int, list[dict[str, Any]]]:
     """How many usable images of `others` also sit in `evaluation`, and the first of them: key, evaluation, other_key, other, by."""
     if not evaluation:
@@ -219,22 +220,26 @@ def list_leakage(
     from ml.ingestion import find_leakage
     from ml.manifest import Manifest
 
-    measured = [Manifest.read(_manifest_path(storage, version)) for version in evaluation.values()]
+    measured = []
+    for version in evaluation.values():
+        with _reading_manifest(files, version) as path:
+            measured.append(Manifest.read(path))
     names = list(evaluation)
     keys: list[dict[str, Any]] = []
     num_keys = 0
     for other, version in others.items():
-        for part in _parts(_manifest_path(storage, version)):
-            findings = find_leakage(measured, [part])
-            num_keys += len(findings)
-            listed = findings[: MAX_KEYS_LISTED - len(keys)]
-            keys += [found | {"evaluation": names[found["evaluation"]], "other": other} for found in listed]
+        with _reading_manifest(files, version) as path:
+            for part in _parts(path):
+                findings = find_leakage(measured, [part])
+                num_keys += len(findings)
+                listed = findings[: MAX_KEYS_LISTED - len(keys)]
+                keys += [found | {"evaluation": names[found["evaluation"]], "other": other} for found in listed]
     return num_keys, keys
 
 
-def _manifest_path(storage: Storage, version: DatasetVersion) -> Path:
+def _reading_manifest(files: StoredFiles, version: DatasetVersion) -> AbstractContextManager[Path]:
     assert version.manifest_digest is not None
-    return storage.fetch(version.manifest_digest)
+    return files.reading(version.manifest_digest)
 
 
 def _parts(path: Path) -> Iterator[Manifest]:

@@ -141,7 +141,7 @@ def start_run(body: RunRequest, services: ServicesDep, once: OnceDep) -> Respons
         wanted = MAX_ITERATIONS if manual else iterations
         roots = services.settings.roots
         check_recipe_fits(session, recipe, versions, iterations=wanted, has_initial=initial is not None, roots=roots)
-    check_all_leakage(services.storage, versions)
+    check_all_leakage(services.files, versions)
     with services.database.transaction() as session:
         return once.run(session, lambda: _insert(session, body, recipe, iterations, versions))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from core.db.files import list_files
@@ -16,16 +17,20 @@ from ml.cores import num_cores
 from server.following import Following
 from server.metrics import Metrics
 from server.predictor import FILES, Predictor, ServedGeneration
+from server.stored_files import StoredFiles
 from server.watchdog import Watchdog
 
 
 class Serving:
     """The predictor, what keeps it with the alias rows, and what notices when it hangs."""
 
-    def __init__(self, settings: Settings, database: Database, storage: Storage, metrics: Metrics, *, answers: bool) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, storage: Storage, files: StoredFiles, metrics: Metrics, *, answers: bool
+    ) -> None:
         """Where `answers` is off, generations are only loaded and warmed before a promotion, and no alias is followed."""
         self._database = database
         self._storage = storage
+        self._files = files
         self.answers = answers
         self.predictor = Predictor(
             self._predictor_files,
@@ -53,12 +58,14 @@ class Serving:
         self.following.close()
         self.predictor.close()
 
-    def generation_files(self, generation_id: str) -> dict[str, Path]:
-        """A generation's stored files by name; NotReady or NotFound when there is none."""
+    @contextmanager
+    def generation_files(self, generation_id: str, *names: str) -> Iterator[dict[str, Path]]:
+        """Those of a generation's files that it has, by name, for the length of the block; NotReady or NotFound without a generation."""
         with self._database.reading() as session:
             get_generation(session, generation_id)
-            digests = {row.name: row.digest for row in list_files(session, generation_id)}
-        return {name: self._storage.fetch(digest) for name, digest in digests.items()}
+            digests = {row.name: row.digest for row in list_files(session, generation_id) if row.name in names}
+        with ExitStack() as opened:
+            yield {name: opened.enter_context(self._files.reading(digest)) for name, digest in digests.items()}
 
     def _predictor_files(self, generation_id: str) -> Mapping[str, Path]:
         with self._database.reading() as session:

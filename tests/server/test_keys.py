@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.routing import iter_route_contexts
 
+from core.db.api_keys import create_api_key, revoke_api_key
+from core.db.session import Database
 from core.errors import SetupError
 from core.lifecycle import SCOPES
 from core.settings import Settings
 from server.app import create_app
-from server.auth import SCOPES_OF_NOUN, needed_scope
+from server.auth import SCOPES_OF_NOUN, KeyRing, Principal, needed_scope
 from tests.server.builders import Api, api_in_process
 
 OPEN = {"/", "/livez", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/{name}", "/problems/{code}"}
@@ -100,6 +104,41 @@ def test_a_key_is_shown_once_works_and_ends_when_it_is_revoked(api: Api) -> None
     listed = api.client.get("/api/v1/api-keys?limit=200", headers=admin).json()["items"]
     assert all("secret" not in one for one in listed)
     assert next(one for one in listed if one["id"] == made.json()["id"])["revoked_at"] is not None
+
+
+class Overtaken:
+    """Stands in for the ring's lock, which another thread takes first, just once: it revokes the key."""
+
+    def __init__(self, ring: KeyRing, key_id: str) -> None:
+        self.lock, self.ring, self.key_id = threading.Lock(), ring, key_id
+        self.overtaken = False
+
+    def __enter__(self) -> None:
+        if not self.overtaken:
+            self.overtaken = True
+            with self.ring._database.transaction() as session:
+                revoke_api_key(session, self.key_id)
+            self.ring.forget()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_a_key_that_is_revoked_before_its_answer_is_kept_is_not_remembered(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = KeyRing(database)
+    with database.transaction() as session:
+        key, secret = create_api_key(session, name="host", scopes=["predict"])
+    monkeypatch.setattr(ring, "_lock", Overtaken(ring, key.id))
+
+    async def ask_twice() -> tuple[Principal | None, Principal | None]:
+        return await ring.find(secret), await ring.find(secret)
+
+    before, after = asyncio.run(ask_twice())
+
+    # The first question was answered before the key was revoked.
+    assert before == Principal(key.id, "host", frozenset({"predict"}))
+    assert after is None
 
 
 def test_an_unknown_scope_is_refused_with_the_known_ones(api: Api) -> None:
