@@ -31,10 +31,10 @@ from cli.invocation import get_invocation
 from cli.output import Output
 from cli.up import existing_database, write_private
 from core.db.schema import newest_revision
-from core.db.session import Database
+from core.db.session import AWAY, Database
 from core.db.tables import Base, StoredFile
-from core.db.workers import hold_singleton, release_singleton
-from core.errors import SetupError, StorageDamaged
+from core.db.workers import hold_singleton, release_singleton, renew_singleton
+from core.errors import SetupError, StorageDamaged, StorageError
 from core.settings import Settings
 from core.storage import LocalStorage, Storage, make_storage
 from core.version import VERSION
@@ -44,6 +44,7 @@ from workers.garbage import BACKUP
 FORMAT = 1
 ROWS_AT_ONCE = 2000
 HOLD_SECONDS = 120.0
+RENEW_SECONDS = HOLD_SECONDS / 4
 SAY_SECONDS = 5.0
 
 
@@ -69,7 +70,7 @@ class Backup:
     storage: Storage
     output: Output
     _holder: str = field(default_factory=lambda: f"backup-{secrets.token_hex(8)}")
-    _held_until: float = float("-inf")
+    _lapsed: bool = False
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Returns what backup.json says. The sweep removes no file meanwhile: what the rows name stays until it is copied."""
@@ -114,13 +115,13 @@ class Backup:
                     for row in found:
                         file.write(json.dumps(dict(row), default=datetime.isoformat, ensure_ascii=False) + "\n")
                         counts[table.name] += 1
-                self._refuse_a_lapse()
+                self._check_hold()
             files = sa.select(StoredFile.digest).where(_kept(StoredFile.__table__)).distinct()
             return counts, sorted(session.scalars(files))
 
     def _copy_files(self, files: list[str], target: Storage) -> None:
         for digest in telling(files, self.output, "files copied"):
-            self._refuse_a_lapse()
+            self._check_hold()
             kept = target.put(self.storage.fetch(digest))
             if kept["digest"] != digest:
                 target.remove(kept["digest"])
@@ -128,41 +129,43 @@ class Backup:
 
     @contextlib.contextmanager
     def _holding_the_sweep(self) -> Iterator[None]:
-        """Renewed by a thread: one large file may take longer to copy than the lease lasts."""
-        if not self._hold():
-            raise SetupError("another backup of this service is being made; wait for its end")
-        done = threading.Event()
-        keeper = threading.Thread(target=self._keep_holding, args=(done,), name="backup-lease", daemon=True)
+        """Held without a gap until the end of the block, or StorageError."""
+        with self.database.transaction() as session:
+            if not hold_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS):
+                raise SetupError("another backup of this service is being made; wait for its end")
+        ended = threading.Event()
+        # A file may take longer to copy, and a table to write, than the hold lasts.
+        keeper = threading.Thread(target=self._keep_holding, args=(ended,), name="hold-on-the-sweep", daemon=True)
         keeper.start()
         try:
             yield
-            self._refuse_a_lapse()
         finally:
-            done.set()
+            ended.set()
             keeper.join()
-            with self.database.transaction() as session:
-                release_singleton(session, BACKUP, holder=self._holder)
+            try:
+                # Also after an error: a file may be missing because a sweep was let in.
+                self._renew()
+                self._check_hold()
+            finally:
+                with self.database.transaction() as session:
+                    release_singleton(session, BACKUP, holder=self._holder)
 
-    def _keep_holding(self, done: threading.Event) -> None:
-        while not done.wait(HOLD_SECONDS / 4):
-            # A database that is away is asked again, until the lease has lapsed.
-            with contextlib.suppress(sa.exc.SQLAlchemyError):
-                if time.monotonic() > self._held_until or not self._hold():
-                    return
+    def _keep_holding(self, ended: threading.Event) -> None:
+        while not self._lapsed and not ended.wait(RENEW_SECONDS):
+            # The hold outlives a database that is away for a moment; when it does not, the next renewal says so.
+            with contextlib.suppress(*AWAY):
+                self._renew()
 
-    def _hold(self) -> bool:
-        asked_at = time.monotonic()
+    def _renew(self) -> None:
         with self.database.transaction() as session:
-            held = hold_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS)
-        if held:
-            self._held_until = asked_at + HOLD_SECONDS
-        return held
+            if not renew_singleton(session, BACKUP, holder=self._holder, seconds=HOLD_SECONDS):
+                self._lapsed = True
 
-    def _refuse_a_lapse(self) -> None:
-        """SetupError when a sweep may have removed files that the rows of this backup name."""
-        if time.monotonic() > self._held_until:
-            raise SetupError(
-                f"the database did not answer for {HOLD_SECONDS:.0f} s, so files may have been swept meanwhile; begin the backup again"
+    def _check_hold(self) -> None:
+        if self._lapsed:
+            raise StorageError(
+                f"the backup's hold on the sweep was not renewed for {HOLD_SECONDS:g} s, so files that its rows name may be gone; "
+                "run `noisy-student backup` again"
             )
 
 

@@ -171,51 +171,55 @@ def read_job_log(
     job_id: str, services: ServicesDep, attempt: Annotated[int | None, Query(ge=1, le=10**6, description="Default: the newest.")] = None
 ) -> LogView:
     """The last 64 KiB of what the attempt's process wrote to its standard error; empty when it wrote nothing."""
+    # First: when the folder is gone already, the rows that are read next have what was stored before that.
+    here = _list_logs(services.settings.attempts_directory / job_id)
     with services.database.reading() as session:
         num_attempts = rows.get_job(session, job_id).attempt
-        stored = {row.name: row.digest for row in list_files(session, job_id)}
-    digests = {int(match[1]): stored[name] for name in stored if (match := _LOG_NAME.fullmatch(name))}
-    here = _list_logs(services.settings.attempts_directory / job_id)
-    attempts = sorted(digests.keys() | here.keys())
+        attempts = sorted({*here, *_stored_logs(session, job_id)})
     number = attempt or max(attempts, default=num_attempts)
-    if number not in attempts and not 0 < number <= num_attempts:
-        raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
-    text, truncated = "", False
-    if number in here:
-        try:
-            # The folder of the host that runs the attempt is ahead of what was stored.
-            text, truncated = _tail(here[number])
-        except NotFound:
-            # The job has ended this moment, and what was stored is the whole log.
-            here = {}
-            with services.database.reading() as session:
-                digests |= {int(match[1]): row.digest for row in list_files(session, job_id) if (match := _LOG_NAME.fullmatch(row.name))}
-    if number not in here and number in digests:
-        with services.files.reading(digests[number]) as path:
-            text, truncated = _tail(path)
-    return LogView(job_id=job_id, attempt=number, attempts=attempts, text=text, truncated=truncated)
-
-
-def _list_logs(directory: Path) -> dict[int, Path]:
-    """By attempt; none when the folder goes meanwhile."""
-    try:
-        return {int(match[1]): path for path in directory.iterdir() if (match := _LOG_NAME.fullmatch(path.name))}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    if number not in attempts:
+        if not 0 < number <= num_attempts:
+            raise NotFound(f"job {job_id} has no log of attempt {attempt}" if attempt else f"job {job_id} has no log yet")
+        return LogView(job_id=job_id, attempt=number, attempts=attempts, text="", truncated=False)
+    # The folder of the host that runs the attempt is ahead of what was stored.
+    tail = _tail(here[number]) if number in here else None
+    if tail is None:
+        # Another host's; or the job has ended since the listing, and its log was stored before its folder was removed.
+        with services.database.reading() as session:
+            digest = _stored_logs(session, job_id).get(number)
+        if digest is not None:
+            with services.files.reading(digest) as path:
+                tail = _tail(path)
+    if tail is None:
+        raise NotFound("the log was just removed; ask again")
+    return LogView(job_id=job_id, attempt=number, attempts=attempts, text=tail[0], truncated=tail[1])
 
 
 _LOG_NAME = re.compile(r"attempt-(\d{1,6})\.log")
 
 
-def _tail(path: Path) -> tuple[str, bool]:
+def _list_logs(folder: Path) -> dict[int, Path]:
+    """Logs in the job's folder on this host, by attempt."""
+    try:
+        return {int(match[1]): path for path in folder.iterdir() if (match := _LOG_NAME.fullmatch(path.name))}
+    except FileNotFoundError:
+        return {}
+
+
+def _stored_logs(session: Session, job_id: str) -> dict[int, str]:
+    """Digests of the logs that were stored, by attempt."""
+    return {int(match[1]): row.digest for row in list_files(session, job_id) if (match := _LOG_NAME.fullmatch(row.name))}
+
+
+def _tail(path: Path) -> tuple[str, bool] | None:
+    """The end, and whether there is more; None when the file has just been removed."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LOG_BYTES))
             return file.read().decode("utf-8", "replace"), size > LOG_BYTES
-    except FileNotFoundError as error:
-        # Housekeeping removed the job's folder between the listing and the reading.
-        raise NotFound("the log was just removed; ask again") from error
+    except FileNotFoundError:
+        return None
 
 
 @router.get("/jobs/{job_id}/metrics", summary="Read a job's metric points", responses=problems(404))

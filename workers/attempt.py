@@ -7,6 +7,7 @@ Answers, as JSON lines on what was its standard output (everything else that is 
     {"type": "result", "files": …, "result": …}  the attempt succeeded; paths of what it made
     {"type": "error", "error": …}                it failed: class, code, message, perhaps step and details
     {"type": "interrupted"}                      SIGTERM came; the checkpoint is written
+    {"type": "interrupted", "reason": …, "message": …}  it could not begin, through no fault of the job's
 
 Never a sign of life that does not come from the work itself: a hung attempt must look hung.
 """
@@ -14,7 +15,6 @@ Never a sign of life that does not come from the work itself: a hung attempt mus
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib
 import json
 import math
@@ -22,10 +22,9 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
@@ -35,10 +34,9 @@ from ml.config import RuntimeConfig
 from ml.events import Event
 from ml.locations import find_stored_at
 from ml.validation import to_dict
+from workers.folders import FolderBusy, alone_in
 from workers.jobs import MODULES, JobModule, Work
-from workers.processes import boot_identity, die_with_parent, start_ticks
-
-PREDECESSOR_SECONDS = 10.0
+from workers.processes import die_with_parent
 
 FAILURES: dict[type[BaseException], tuple[str, str]] = {
     errors.UnknownArchitecture: ("permanent", "recipe.unknown_architecture"),
@@ -74,6 +72,9 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
     kind, code = next((found for cls, found in FAILURES.items() if isinstance(error, cls)), ("permanent", "attempt.crashed"))
     if isinstance(error, OSError) and error.errno in (*_FULL, *_AWAY):
         kind, code = "retryable", "storage.full" if error.errno in _FULL else "storage.unavailable"
+    if isinstance(error, BlockingIOError):
+        # What fork says when there may be no more processes for now.
+        kind, code = "retryable", "host.busy"
     known = isinstance(error, errors.MlError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     failure: dict[str, Any] = {"class": kind, "code": code, "message": message[:4000]}
@@ -127,9 +128,8 @@ class Attempt:
             directory.mkdir(parents=True, exist_ok=True)
             with log_to(directory / f"attempt-{request['attempt']}.log"), alone_in(directory):
                 self._do(request, directory)
-        except BlockingIOError:
-            # Somebody whom this machine cannot see has the folder: no fault of the job.
-            self.speaker.say({"type": "interrupted", "reason": "attempt.directory_busy"})
+        except FolderBusy as error:
+            self.speaker.say({"type": "interrupted", "reason": "attempt.directory_busy", "message": str(error)})
         except OSError as error:
             self.speaker.say({"type": "error", "error": describe_failure(error)})
 
@@ -182,44 +182,6 @@ def log_to(path: Path) -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(descriptor)
         os.close(kept)
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Be the only attempt in the job's folder: one of this machine whose supervisor was frozen and given up on is killed.
-
-    BlockingIOError when one of another machine or container, which shares the folder, does not go away.
-    """
-    # Opened for appending: truncating would erase the id of a process that still holds the lock.
-    with (directory / "lock").open("a+") as lock:
-        deadline = time.monotonic() + PREDECESSOR_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                lock.seek(0)
-                _kill_predecessor(lock.read())
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        lock.truncate(0)
-        lock.write(_who(os.getpid()))
-        lock.flush()
-        yield
-
-
-def _who(pid: int) -> str:
-    """Names a process for good: its id means another one elsewhere, and later."""
-    return f"{pid} {start_ticks(pid)} {boot_identity()}"
-
-
-def _kill_predecessor(text: str) -> None:
-    pid = text.partition(" ")[0]
-    # Only whom the text names: elsewhere, or later, the id is that of somebody who has no part in this.
-    if pid.isdecimal() and text == _who(int(pid)):
-        with suppress(OSError):
-            os.killpg(int(pid), signal.SIGKILL)
 
 
 def main() -> int:

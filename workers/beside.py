@@ -15,9 +15,13 @@ T = TypeVar("T")
 
 
 class Beside(Generic[T]):
-    """Begins at once. A thread that nobody waits for any more ends by itself, and holds no process up."""
+    """Begins at once. A thread that nobody waits for any more ends by itself, and holds no process up.
 
-    def __init__(self, doing: Callable[[], T]) -> None:
+    It is given `abandoned`, and looks at it before it touches what somebody else may have taken up since.
+    """
+
+    def __init__(self, doing: Callable[[threading.Event], T]) -> None:
+        self.abandoned = threading.Event()
         self._future: Future[T] = Future()
         self._doing = doing
         self._done = threading.Event()
@@ -25,7 +29,7 @@ class Beside(Generic[T]):
 
     def _run(self) -> None:
         try:
-            self._future.set_result(self._doing())
+            self._future.set_result(self._doing(self.abandoned))
         except (ServiceError, SQLAlchemyError, OSError) as error:
             self._future.set_exception(error)
         finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from core.db import jobs
@@ -35,7 +34,7 @@ class CheckpointKeeper:
         self._storage = storage
         self._job = job
         self._folder = directory / "checkpoints"
-        self._aside = directory / "outgoing"
+        self._aside = directory / f"outgoing-{job.attempt}"
         self._written = threading.Condition()
         self._waits = self._ending = False
         self._thread = threading.Thread(target=self._run, name=f"checkpoints-{job.id}", daemon=True)
@@ -76,13 +75,15 @@ class CheckpointKeeper:
                 get_log().warning("checkpoint.not_kept", job_id=self._job.id, error=str(error).splitlines()[0])
 
     def _keep(self) -> None:
-        paths = snapshot(self._folder, self._aside)
-        files = {f"{PREFIX}{self._job.attempt}/{path.name}": self._storage.put(path) for path in paths}
+        try:
+            paths = snapshot(self._folder, self._aside)
+            files = {f"{PREFIX}{self._job.attempt}/{path.name}": self._storage.put(path) for path in paths}
+        finally:
+            shutil.rmtree(self._aside, ignore_errors=True)
         with self._database.transaction() as session:
             if not jobs.report(session, self._job.id, token=self._job.token, items=[]):
                 return
             replaced = replace_files(session, self._job.id, files, prefix=PREFIX)
-        shutil.rmtree(self._aside, ignore_errors=True)
         # A sweep would find it, but only after its grace period, and a checkpoint a minute is much until then. It holds seconds of
         # this very attempt, so nobody else is about to name the same; best weights can be those of another training with the same seed.
         for name, digest in replaced.items():
@@ -109,11 +110,8 @@ def snapshot(folder: Path, aside: Path) -> list[Path]:
             return sorted(aside.iterdir())
 
 
-def restore_checkpoint(database: Database, storage: Storage, job: Job, directory: Path, refuse_others: Callable[[], None]) -> None:
-    """Bring the job's newest checkpoint into its folder when a later attempt than this host's last one wrote it.
-
-    `refuse_others` raises when the job is another attempt's by now, whose checkpoints must stay.
-    """
+def restore_checkpoint(database: Database, storage: Storage, job: Job, directory: Path, abandoned: threading.Event) -> None:
+    """Bring the job's newest checkpoint into its folder when a later attempt than this host's last one wrote it."""
     if storage.is_local:
         return
     with database.reading() as session:
@@ -126,9 +124,11 @@ def restore_checkpoint(database: Database, storage: Storage, job: Job, directory
     if (checkpoints / "last.ckpt").exists() and attempt <= ran_here:
         return
     brought = directory / f"incoming-{job.attempt}"
-    shutil.rmtree(brought, ignore_errors=True)
     materialize(storage, {match[2]: digest for match, digest in named if int(match[1]) == attempt}, brought)
-    refuse_others()
+    if abandoned.is_set():
+        # The next attempt may be at work on what lies there now.
+        shutil.rmtree(brought, ignore_errors=True)
+        return
     shutil.rmtree(checkpoints, ignore_errors=True)
     brought.replace(checkpoints)
     get_log().info("checkpoint.restored", job_id=job.id, written_by_attempt=attempt)

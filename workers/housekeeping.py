@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from core.queue import Queue
 from core.settings import Settings
 from core.storage import Storage
 from workers import controller, garbage
+from workers.folders import left_alone
 
 SINGLETON = "housekeeping"
 SINGLETON_SECONDS = 6.0
@@ -41,8 +41,8 @@ SWEEP_SECONDS = 60.0
 KEEP_MESSAGES_SECONDS = 3600.0
 KEEP_SIGNS_SECONDS = 24 * 3600.0
 _BATCH = 200
-_GONE = ".gone-"
-"""How the name of a folder begins while it is removed."""
+_REMOVED = ".removed-"
+"""What the names of folders begin with that a sweep has begun to remove."""
 
 
 class Housekeeping:
@@ -261,16 +261,17 @@ class Housekeeping:
         """Remove the folders, named by ids, that `find_unneeded` gives of a list of ids."""
         if not directory.is_dir():
             return
-        for path in directory.glob(f"{_GONE}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for left in directory.glob(f"{_REMOVED}*"):
+            shutil.rmtree(left, ignore_errors=True)
         for ids in garbage.in_batches(path.name for path in directory.iterdir() if not path.name.startswith(".")):
             for name in find_unneeded(ids):
-                # Removing the ones before took long: a job may have been tried again. Whoever begins now finds the folder, or none.
-                if find_unneeded([name]):
-                    aside = directory / f"{_GONE}{name}"
-                    with suppress(OSError):
-                        (directory / name).replace(aside)
-                    shutil.rmtree(aside, ignore_errors=True)
+                aside = directory / f"{_REMOVED}{name}"
+                with left_alone(directory / name) as alone:
+                    # Asked again: a job may have been retried since, and goes on from what lies there.
+                    if alone and find_unneeded([name]):
+                        # At once, where removing takes its time: whoever begins now begins with an empty folder, not with half of one.
+                        (directory / name).rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _finished_jobs(self, ids: list[str]) -> list[str]:
         """Succeeded ones, those that failed so long ago that nobody will retry them, and those that were deleted."""

@@ -6,7 +6,8 @@ Rows are read in one short session, which only notes what files are needed; file
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ml.config import RuntimeConfig
 from ml.validation import to_dict
 from workers.checkpoints import restore_checkpoint
 from workers.child import find_access
+from workers.folders import drop_leftovers
 
 _NOT_SELECTION = ("evaluation_version_ids", "keep_keys_of_set_id")
 """What the set's row keeps beside the SelectionConfig."""
@@ -75,19 +77,25 @@ class Inputs:
             return not self._storage.is_local
         return str(source.get("path", "")).startswith(S3)
 
-    def request(self, job: Job, refuse_others: Callable[[], None]) -> dict[str, Any]:
+    def request(self, job: Job, abandoned: threading.Event) -> dict[str, Any]:
         """The line that tells a child what to do. Raises NotFound or NotReady for rows, StorageError for files.
 
-        Takes as long as it takes to bring the files to this host. `refuse_others` raises when the job is another attempt's by then.
+        Takes as long as it takes to bring the files to this host. Whoever does not wait for that any more says so by `abandoned`.
         """
+        directory = self.directory(job.id)
+        drop_leftovers(directory, job.attempt)
         if job.kind == "train":
-            restore_checkpoint(self._database, self._storage, job, self.directory(job.id), refuse_others)
+            restore_checkpoint(self._database, self._storage, job, directory, abandoned)
+        found = self.resolve(job)
+        if abandoned.is_set():
+            # The attempt's end, which drops them, may have come before them.
+            self.drop_files(job)
         return {
             "job_id": job.id,
             "kind": job.kind,
             "attempt": job.attempt,
-            "input": self.resolve(job),
-            "directory": str(self.directory(job.id)),
+            "input": found,
+            "directory": str(directory),
             "halve_micro_batch": has_halved(job.error),
             "capabilities": list(self._capabilities),
             "stored_at": self._storage.root,
@@ -106,13 +114,10 @@ class Inputs:
                 "import": self._import,
             }[job.kind]
             needed = resolve(session, job)
-        own = self._own_files(job)
-        shutil.rmtree(own, ignore_errors=True)
-        found: dict[str, Any] = self._bring(needed, own)
+        found: dict[str, Any] = self._bring(needed, self._own_files(job))
         return found
 
     def _own_files(self, job: Job) -> Path:
-        """Of this attempt alone: what an earlier one is still being brought goes elsewhere."""
         return self.directory(job.id) / f"inputs-{job.attempt}"
 
     def drop_files(self, job: Job) -> None:

@@ -145,9 +145,9 @@ def _give_up_versions(session: Session, job: Job) -> None:
             fail_version(session, target["version_id"])
 
 
-def record_interruption(session: Session, job: Job, log: Stored, *, reason: str) -> Job | None:
+def record_interruption(session: Session, job: Job, log: Stored, *, reason: str, pause_seconds: float = 0) -> Job | None:
     """The attempt stopped because it was asked to: canceled when somebody wished that, else queued again at no cost. None when fenced."""
-    ended = jobs.interrupt(session, job.id, token=job.token, reason=reason)
+    ended = jobs.interrupt(session, job.id, token=job.token, reason=reason, pause_seconds=pause_seconds)
     if ended is not None:
         name_files(session, job.id, log)
         _give_up_versions(session, ended)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from contextlib import suppress
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,7 +117,7 @@ def keep(storage: Storage, found: Found) -> tuple[Labeled, dict[str, dict[str, A
     return None
 
 
-def lay_out(storage: Storage, found: Found, directory: Path, *, attempt: int) -> None:
+def lay_out(storage: Storage, found: Found, directory: Path, attempt: int, abandoned: threading.Event) -> None:
     """Put a shard that may be the one into the job's folder: the attempt finds it, compares its rows, and leaves it or writes another."""
     target = directory / SHARD
     for shard in found.shards:
@@ -129,10 +129,11 @@ def lay_out(storage: Storage, found: Found, directory: Path, *, attempt: int) ->
                 directory.mkdir(parents=True, exist_ok=True)
                 aside = directory / f".incoming-{attempt}-{SHARD}"
                 shutil.copyfile(path, aside)
-                # Never over one that a later attempt has made meanwhile.
-                with suppress(FileExistsError):
-                    target.hardlink_to(aside)
-                aside.unlink()
+                if abandoned.is_set():
+                    # The next attempt may have a shard of its own there.
+                    aside.unlink()
+                    return
+                aside.replace(target)
         except StorageError as error:
             get_log().warning("labels.not_reused", made_by=shard.job_id, error=error.message)
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from core.db import jobs
 from core.db.session import AWAY, Database
 from core.db.tables import Job
-from core.errors import ServiceError, StorageError, WrongState
+from core.errors import ServiceError, StorageError
 from core.logs import get_log
 from workers import outcomes, reuse
 from workers.beside import Beside
@@ -245,8 +245,11 @@ class Slot(threading.Thread):
     def _finish(self, watch: Watch, message: dict[str, Any]) -> tuple[Job | None, bool]:
         """The attempt said its last line."""
         if message["type"] == "interrupted":
-            watch.stop_reason = watch.stop_reason or message.get("reason")
-            return self._interrupt(watch), False
+            if "reason" not in message:
+                return self._interrupt(watch), False
+            get_log().warning(message["reason"], job_id=watch.job.id, message=message["message"])
+            # Whoever is in the way looks at its lease within that time, if it goes on at all.
+            return self._interrupt(watch, reason=message["reason"], pause_seconds=self._settings.lease_seconds), False
         if message["type"] == "error":
             return self._fail(watch.job, message["error"], watch), False
         job, storage = watch.job, self._supervisor.storage
@@ -254,7 +257,7 @@ class Slot(threading.Thread):
             self._supervisor.reuse.note(watch.asked_runtime, message["result"].get("runtime"))
         try:
             within = self._settings.orphan_grace_seconds * _NAMED_WITHIN or math.inf
-            files = self._beside(job, lambda: outcomes.store(storage, message["files"], within_seconds=within), patient=True)
+            files = self._beside(job, lambda _: outcomes.store(storage, message["files"], within_seconds=within), patient=True)
         except StorageError as error:
             return self._fail(job, outcomes.describe_refusal(error), watch), False
         if files is None:
@@ -279,31 +282,20 @@ class Slot(threading.Thread):
         get_log().warning("attempt.failed", job_id=job.id, error_class=error["class"], code=error["code"], message=error["message"])
         return self._settle(write)
 
-    def _interrupt(self, watch: Watch) -> Job | None:
+    def _interrupt(self, watch: Watch, *, reason: str = "attempt.stopped", pause_seconds: float = 0) -> Job | None:
         self._keep_checkpoint(watch.job, watch)
         job, log = watch.job, self._store_log(watch.job)
 
         def write(session: Session) -> Job | None:
             if outcomes.write_reports(session, job, watch.reports, lease_seconds=self._settings.lease_seconds) is None:
                 return None
-            return outcomes.record_interruption(session, job, log, reason=watch.stop_reason or "attempt.stopped")
+            return outcomes.record_interruption(session, job, log, reason=watch.stop_reason or reason, pause_seconds=pause_seconds)
 
         return self._settle(write)
 
     def _prepare(self, job: Job) -> dict[str, Any] | None:
         """What the child is to be told; None when the job was taken away, canceled or must wait for another worker meanwhile."""
-        return self._beside(job, lambda: self._supervisor.inputs.request(job, self._refuse_others(job)), patient=False)
-
-    def _refuse_others(self, job: Job) -> Callable[[], None]:
-        """For work that may go on after nobody waits for it any more: raises when the job is another attempt's by now."""
-
-        def refuse() -> None:
-            with self._database.reading() as session:
-                held = sa.select(Job.id).where(Job.id == job.id, Job.token == job.token, Job.status == "running")
-                if session.scalar(held) is None:
-                    raise WrongState(f"job {job.id} is another attempt's by now")
-
-        return refuse
+        return self._beside(job, lambda abandoned: self._supervisor.inputs.request(job, abandoned), patient=False)
 
     def _take_over(self, job: Job) -> tuple[bool, Job | None]:
         """Finish the job with labels that were made before: (False, None) when it must be labeled, (True, None) when fenced."""
@@ -312,9 +304,9 @@ class Slot(threading.Thread):
             return False, None
         storage, directory = self._supervisor.storage, self._supervisor.inputs.directory(job.id)
         if not found.is_same:
-            self._beside(job, lambda: reuse.lay_out(storage, found, directory, attempt=job.attempt), patient=False)
+            self._beside(job, lambda abandoned: reuse.lay_out(storage, found, directory, job.attempt, abandoned), patient=False)
             return False, None
-        kept = self._beside(job, lambda: reuse.keep(storage, found), patient=False)
+        kept = self._beside(job, lambda _: reuse.keep(storage, found), patient=False)
         if kept is None:
             return False, None
         lease = self._settings.lease_seconds
@@ -331,30 +323,34 @@ class Slot(threading.Thread):
     def _keep_checkpoint(self, job: Job, watch: Watch | None) -> None:
         """Another host may go on from what this attempt wrote last."""
         if watch is not None and watch.keeper is not None:
-            self._beside(job, watch.keeper.finish, patient=True)
+            keeper = watch.keeper
+            self._beside(job, lambda _: keeper.finish(), patient=True)
 
-    def _beside(self, job: Job, doing: Callable[[], T], *, patient: bool) -> T | None:
+    def _beside(self, job: Job, doing: Callable[[threading.Event], T], *, patient: bool) -> T | None:
         """Let storage take its time while the lease is kept; raises what `doing` raises.
 
         None when the job is not this worker's any more, or the worker must end: at once or, when `patient`, after the grace period; or when
-        somebody wished it canceled, unless `patient`. What was begun then ends by itself, and nobody looks at it.
+        somebody wished it canceled, unless `patient`. What was begun then ends by itself, abandoned, and nobody looks at it.
         """
         if self._supervisor.storage.is_local:
-            return doing()
+            return doing(threading.Event())
         work = Beside(doing)
         beat_at = time.monotonic()
         stop_at: float | None = None
-        while not work.wait(_LISTEN_SECONDS):
-            now = time.monotonic()
-            if self._supervisor.stopping.is_set():
-                stop_at = stop_at or now + (self._settings.grace_seconds if patient else 0)
-            if stop_at is not None and now >= stop_at:
-                return None
-            if now - beat_at >= min(FLUSH_SECONDS, self._settings.lease_seconds / 4):
-                beat_at = now
-                if not self._still_ours(job, patient=patient):
+        try:
+            while not work.wait(_LISTEN_SECONDS):
+                now = time.monotonic()
+                if self._supervisor.stopping.is_set():
+                    stop_at = stop_at or now + (self._settings.grace_seconds if patient else 0)
+                if stop_at is not None and now >= stop_at:
                     return None
-        return work.result()
+                if now - beat_at >= min(FLUSH_SECONDS, self._settings.lease_seconds / 4):
+                    beat_at = now
+                    if not self._still_ours(job, patient=patient):
+                        return None
+            return work.result()
+        finally:
+            work.abandoned.set()
 
     def _still_ours(self, job: Job, *, patient: bool) -> bool:
         try:
@@ -369,13 +365,14 @@ class Slot(threading.Thread):
         """Keep the attempt's log where every host finds it; without one, nothing."""
         path, storage = self._supervisor.inputs.directory(job.id) / f"attempt-{job.attempt}.log", self._supervisor.storage
         try:
-            if not path.stat().st_size:
-                return {}
+            empty = not path.stat().st_size
         except FileNotFoundError:
-            # None was written, or a successor has done the job and removed its folder.
+            # Also when a fenced attempt's successor has succeeded, and with it the folder has gone.
+            return {}
+        if empty:
             return {}
         try:
-            kept = self._beside(job, lambda: storage.put(path), patient=True)
+            kept = self._beside(job, lambda _: storage.put(path), patient=True)
             return {} if kept is None else {path.name: kept}
         except StorageError as error:
             get_log().warning("attempt.log_lost", job_id=job.id, error=error.message)

@@ -286,12 +286,13 @@ def lose_expired(session: Session, *, backoff_seconds: float, limit: int = 100) 
     return ended
 
 
-def interrupt(session: Session, job_id: str, *, token: int, reason: str) -> Job | None:
+def interrupt(session: Session, job_id: str, *, token: int, reason: str, pause_seconds: float = 0) -> Job | None:
     """Give a healthy job back to the queue, or end it as canceled when that was wished; costs no attempt. None when fenced."""
     if (canceled := _cancel_if_wished(session, job_id, token)) is not None:
         return canceled
     moment = now(session)
-    job = _update_held(session, job_id, token, {"status": "queued", "not_before": None, "hinted_at": None, **_released(None)})
+    later = moment + timedelta(seconds=pause_seconds) if pause_seconds else None
+    job = _update_held(session, job_id, token, {"status": "queued", "not_before": later, "hinted_at": None, **_released(None)})
     if job is not None:
         append_events(session, job, [("interrupted", {"reason": reason})], at=moment)
         _hint(session, job, moment)

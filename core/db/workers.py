@@ -119,6 +119,14 @@ def hold_singleton(session: Session, name: str, *, holder: str, seconds: float) 
     return session.execute(query.returning(SingletonLease.holder)).scalar_one_or_none() == holder
 
 
+def renew_singleton(session: Session, name: str, *, holder: str, seconds: float) -> bool:
+    """Keep a lease that was this holder's without a gap; False when it ran out or another has it."""
+    moment = now(session)
+    held = (SingletonLease.name == name, SingletonLease.holder == holder, SingletonLease.until >= moment)
+    query = sa.update(SingletonLease).where(*held).values(until=moment + timedelta(seconds=seconds)).returning(SingletonLease.holder)
+    return session.scalar(query.execution_options(synchronize_session=False)) is not None
+
+
 def is_held(session: Session, name: str, *, by_others_than: str | None = None) -> bool:
     """Whether somebody (else) has that lease now."""
     held = sa.select(SingletonLease.name).where(SingletonLease.name == name, SingletonLease.until > now(session))

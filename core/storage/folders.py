@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.storage.digests import fsync_directory, storage_errors
+from core.storage.digests import CHUNK_BYTES, fsync_directory, storage_errors
 from core.storage.interface import Storage
 
 
 def materialize(storage: Storage, files: Mapping[str, str], directory: Path) -> Path:
     """Make a folder that holds the stored files (name → digest) under their names, by hard link where that is possible.
 
-    The folder appears complete or not at all; one that exists is taken as it is.
+    The folder appears complete or not at all, also after a power cut; one that exists is taken as it is.
     """
     if directory.exists():
         return directory
@@ -28,7 +28,8 @@ def materialize(storage: Storage, files: Mapping[str, str], directory: Path) -> 
                 target = aside / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(storage.fetch(digest), target)
-                fsync_directory(target.parent)
+            for folder, _, _ in os.walk(aside):
+                fsync_directory(Path(folder))
             os.replace(aside, directory)
             fsync_directory(directory.parent)
         except OSError as error:
@@ -47,7 +48,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
-        # A folder that exists is taken as it is: after a power cut, too, there must be something in its files.
-        with target.open("rb") as copy:
+        with source.open("rb") as content, target.open("xb") as copy:
+            shutil.copyfileobj(content, copy, CHUNK_BYTES)
+            copy.flush()
             os.fsync(copy.fileno())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,11 +21,11 @@ from cli.verify import find_defects
 from core.db.files import name_files
 from core.db.jobs import NewJob, enqueue
 from core.db.session import Database
-from core.db.tables import Base, Job
-from core.db.workers import hold_singleton, is_held
+from core.db.tables import Base, Job, SingletonLease
+from core.db.workers import is_held
 from core.settings import Settings
 from core.storage import LocalStorage
-from tests.builders_services import create_database
+from tests.builders_services import create_database, wait_until
 from tests.cli.builders import History, lead_a_life
 from workers.garbage import BACKUP
 
@@ -136,62 +135,6 @@ def test_rows_that_come_meanwhile_are_there_whole_or_not_at_all(command: Termina
     restored.close()
 
 
-def copying_slowly(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
-    """Each file takes more than twice as long to copy as the hold on the sweep lasts."""
-    put = LocalStorage.put
-
-    def put_slowly(storage: LocalStorage, path: Path) -> dict[str, Any]:
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            meanwhile()
-            time.sleep(0.05)
-        return put(storage, path)
-
-    monkeypatch.setattr("cli.backup.HOLD_SECONDS", 0.6)
-    monkeypatch.setattr(LocalStorage, "put", put_slowly)
-
-
-def test_the_sweep_is_held_however_long_one_file_takes(
-    command: Terminal, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database, held = opened(sqlite_url), set[bool]()
-    lead_a_life(database, LocalStorage(tmp_path / "here" / "objects"), tmp_path)
-
-    def look() -> None:
-        with database.reading() as session:
-            held.add(is_held(session, BACKUP))
-
-    copying_slowly(monkeypatch, look)
-    made = command("backup", "kept", **places(sqlite_url, tmp_path / "here"))
-
-    assert made.returncode == 0, made.stderr
-    assert held == {True}
-    look()
-    assert held == {True, False}
-    database.close()
-
-
-def test_a_backup_whose_hold_on_the_sweep_lapsed_says_so_and_is_none(
-    command: Terminal, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database, asked = opened(sqlite_url), itertools.count()
-    lead_a_life(database, LocalStorage(tmp_path / "here" / "objects"), tmp_path)
-
-    def hold_once(session: Session, name: str, *, holder: str, seconds: float) -> bool:
-        if next(asked):
-            raise sa.exc.OperationalError("", {}, Exception("away"))
-        return hold_singleton(session, name, holder=holder, seconds=seconds)
-
-    monkeypatch.setattr("cli.backup.hold_singleton", hold_once)
-    copying_slowly(monkeypatch, lambda: None)
-    made = command("backup", "kept", **places(sqlite_url, tmp_path / "here"))
-
-    assert made.returncode != 0
-    assert "files may have been swept meanwhile; begin the backup again" in made.stderr
-    assert not (tmp_path / "kept" / "backup.json").exists()
-    database.close()
-
-
 def test_checkpoints_which_come_and_go_are_left_out(command: Terminal, sqlite_url: str, tmp_path: Path) -> None:
     database, here, there = opened(sqlite_url), tmp_path / "here", tmp_path / "there"
     history = lead_a_life(database, LocalStorage(here / "objects"), tmp_path)
@@ -214,6 +157,82 @@ def test_checkpoints_which_come_and_go_are_left_out(command: Terminal, sqlite_ur
 
 def read_teacher_job(session: Session, history: History) -> str:
     return session.scalars(sa.select(Job.id).where(Job.run_id == history.run_id)).one()
+
+
+def while_files_are_copied(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> list[Path]:
+    """Something happens before each file is stored in the backup; returns the list of those that were."""
+    put, copied = LocalStorage.put, []
+
+    def put_slowly(storage: LocalStorage, path: Path) -> dict[str, Any]:
+        happens()
+        copied.append(path)
+        return put(storage, path)
+
+    monkeypatch.setattr(LocalStorage, "put", put_slowly)
+    return copied
+
+
+def change_hold(database: Database, **values: Any) -> None:
+    with database.transaction() as session:
+        session.execute(sa.update(SingletonLease).where(SingletonLease.name == BACKUP).values(**values))
+
+
+def test_the_sweep_is_held_for_as_long_as_one_file_takes_to_copy(
+    command: Terminal, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, here = opened(database_url), tmp_path / "here"
+    lead_a_life(database, LocalStorage(here / "objects"), tmp_path)
+    monkeypatch.setattr("cli.backup.RENEW_SECONDS", 0.01)
+
+    def read_until() -> datetime:
+        with database.reading() as session:
+            return session.scalars(sa.select(SingletonLease.until).where(SingletonLease.name == BACKUP)).one()
+
+    def wait_for_renewal() -> None:
+        before = read_until()
+        wait_until(lambda: read_until() > before, what="a renewal of the hold")
+
+    copied = while_files_are_copied(monkeypatch, wait_for_renewal)
+    made = command("backup", "kept", **places(database_url, here))
+
+    assert made.returncode == 0, made.stderr
+    assert copied
+    with database.reading() as session:
+        assert not is_held(session, BACKUP)
+    database.close()
+
+
+def test_a_backup_whose_hold_ran_out_is_none_and_says_so(
+    command: Terminal, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, here = opened(database_url), tmp_path / "here"
+    lead_a_life(database, LocalStorage(here / "objects"), tmp_path)
+
+    while_files_are_copied(monkeypatch, lambda: change_hold(database, until=datetime(2020, 1, 1, tzinfo=UTC)))
+    made = command("backup", "kept", **places(database_url, here))
+
+    assert made.returncode == 1
+    assert "the backup's hold on the sweep was not renewed for 120 s" in made.stderr
+    assert not (tmp_path / "kept/backup.json").exists()
+    database.close()
+
+
+def test_a_backup_that_lost_its_hold_copies_nothing_more(
+    command: Terminal, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, here = opened(database_url), tmp_path / "here"
+    lead_a_life(database, LocalStorage(here / "objects"), tmp_path)
+    monkeypatch.setattr("cli.backup.RENEW_SECONDS", 0.01)
+
+    def lose_the_hold() -> None:
+        change_hold(database, holder="another backup")
+        wait_until(lambda: "hold-on-the-sweep" not in {thread.name for thread in threading.enumerate()}, what="the loss to be noticed")
+
+    copied = while_files_are_copied(monkeypatch, lose_the_hold)
+    made = command("backup", "kept", **places(database_url, here))
+
+    assert (made.returncode, len(copied)) == (1, 1)
+    database.close()
 
 
 def test_a_second_backup_into_the_same_folder_keeps_the_files_and_replaces_the_rows(

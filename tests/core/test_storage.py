@@ -21,6 +21,7 @@ from core.storage import LocalStorage, Storage, make_storage, materialize
 from core.storage.cache import ObjectCache
 from core.storage.digests import digest_of
 from core.storage.s3 import S3Storage
+from tests.builders_disk import watch_disk
 from tests.builders_services import S3Server
 
 
@@ -143,6 +144,25 @@ def test_a_folder_of_stored_files_appears_whole_or_not_at_all(storage: Storage, 
 
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["whole"]
     assert (made / "sub" / "b").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "copied"])
+def test_a_folder_of_stored_files_that_has_its_name_outlives_a_power_cut(
+    linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path / "objects")
+    digest = storage.put(make_file(tmp_path))["digest"]
+    if not linked:
+        monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "another file system"))
+    steps = watch_disk(monkeypatch)
+
+    materialize(storage, {"a": digest, "sub/b": digest}, tmp_path / "cache" / "made")
+
+    [*before, renamed, after] = steps
+    assert renamed == ("rename", str(tmp_path / "cache" / "made"), None)
+    assert after == ("sync", str(tmp_path / "cache"), None)
+    synced = {str(Path(*Path(path).relative_to(tmp_path / "cache").parts[1:])): content for _, path, content in before}
+    assert synced == {".": None, "sub": None} | ({} if linked else {"a": b"weights", "sub/b": b"weights"})
 
 
 def test_a_sweep_waits_for_whoever_is_about_to_renew_a_file_and_then_leaves_it(tmp_path: Path) -> None:

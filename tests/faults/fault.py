@@ -64,7 +64,7 @@ class Scene:
         folder = self.stage.data / "jobs" / training.id
         with suppress(AssertionError, OSError, ValueError):
             wait_until((folder / "checkpoints" / "last.1.ckpt").exists, seconds=40)
-            pid = int((folder / "lock").read_text())
+            pid = int((folder / "lock").read_text().partition(" ")[0])
             if any(pid in worker.children() for worker in self.stage.members.workers()):
                 return training.id, pid
         raise NotNow("the training has no checkpoint")

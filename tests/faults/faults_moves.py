@@ -97,7 +97,7 @@ class PoisonJob(Fault):
     def _kill(self, scene: Scene, job_id: str) -> set[int]:
         """The process that works at it now. Workers of a chaos run allow hundreds of attempts, from each claim on."""
         with suppress(OSError, ValueError):
-            pid = int((scene.stage.data / "jobs" / job_id / "lock").read_text())
+            pid = int((scene.stage.data / "jobs" / job_id / "lock").read_text().partition(" ")[0])
             if b"workers.attempt" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 with scene.stage.database.transaction() as session:
                     session.execute(sa.update(Job).where(Job.id == job_id).values(max_attempts=LIVES))

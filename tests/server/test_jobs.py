@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -197,28 +200,6 @@ def test_a_preferred_wait_is_over_in_time(api: Api) -> None:
     assert api.client.get("/api/v1/jobs/job_unknown", headers={"Prefer": "wait=20"}).status_code == 404
 
 
-def test_a_log_whose_folder_goes_while_it_is_read_is_the_stored_one(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = start_job(api.database, add_job(api.database).id)
-    log = api.services.settings.attempts_directory / job.id / "attempt-1.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("not all of it yet")
-    (tmp_path / "whole").write_text("all of it")
-
-    def end_first(path: Path) -> tuple[str, bool]:
-        if path == log:
-            stored = api.services.storage.put(tmp_path / "whole")
-            with api.database.transaction() as session:
-                name_files(session, job.id, {"attempt-1.log": stored})
-            log.unlink()
-        return tail(path)
-
-    tail = server.jobs._tail
-    monkeypatch.setattr(server.jobs, "_tail", end_first)
-    answer = api.client.get(f"/api/v1/jobs/{job.id}/logs")
-
-    assert (answer.status_code, answer.json()["text"]) == (200, "all of it")
-
-
 def test_the_newest_attempts_log_is_shown_from_its_end(api: Api) -> None:
     job = add_job(api.database)
     missing = api.client.get(f"/api/v1/jobs/{job.id}/logs")
@@ -244,6 +225,48 @@ def test_a_log_of_another_host_comes_from_storage(api: Api, tmp_path: Path) -> N
         name_files(session, job.id, {"attempt-1.log": api.services.storage.put(tmp_path / "log")})
 
     assert api.client.get(f"/api/v1/jobs/{job.id}/logs").json()["text"] == "it broke there"
+
+
+def test_a_log_whose_folder_goes_while_it_is_asked_for_comes_from_storage(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = add_job(api.database)
+    log = api.services.settings.attempts_directory / job.id / "attempt-1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("it ended just then")
+    read = server.jobs._tail
+
+    def end_then_read(path: Path) -> Any:
+        if path == log:
+            with api.database.transaction() as session:
+                name_files(session, job.id, {log.name: api.services.storage.put(log)})
+            shutil.rmtree(log.parent)
+        return read(path)
+
+    monkeypatch.setattr(server.jobs, "_tail", end_then_read)
+    answer = api.client.get(f"/api/v1/jobs/{job.id}/logs")
+
+    assert (answer.status_code, answer.json()["text"]) == (200, "it ended just then")
+
+
+def test_a_folder_that_goes_while_its_logs_are_listed_is_an_empty_one(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = add_job(api.database)
+    folder = api.services.settings.attempts_directory / job.id
+    folder.mkdir(parents=True)
+
+    def losing(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def lose(path: Any) -> Any:
+            if Path(path) == folder:
+                folder.rmdir()
+            return look(path)
+
+        return lose
+
+    with monkeypatch.context() as patch:
+        # Which of them pathlib asks depends on the version of Python.
+        patch.setattr(os, "scandir", losing(os.scandir))
+        patch.setattr(os, "listdir", losing(os.listdir))
+        answer = api.client.get(f"/api/v1/jobs/{job.id}/logs")
+
+    assert answer.json()["detail"].endswith("has no log yet")
 
 
 def test_an_attempt_that_wrote_nothing_has_an_empty_log(api: Api) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
-import json
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,35 +31,6 @@ from tests.workers.builders import (
     worker_inside,
     write_folder,
 )
-from workers import attempt
-from workers.processes import boot_identity
-
-
-def test_a_process_is_killed_for_its_folder_only_when_the_lock_names_it_and_no_other_of_its_id(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as sleeper:
-        whole = attempt._who(sleeper.pid)
-        elsewhere = [str(sleeper.pid), whole.replace(boot_identity(), "another boot"), f"{sleeper.pid} 1 {boot_identity()}", "", "x 1 y"]
-        for text in elsewhere:
-            attempt._kill_predecessor(text)
-        lived = sleeper.poll() is None
-
-        attempt._kill_predecessor(whole)
-
-        assert lived
-        assert sleeper.wait(10) == -signal.SIGKILL
-
-
-def test_a_folder_that_another_machine_holds_sends_the_job_back_at_no_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "PREDECESSOR_SECONDS", 0.2)
-    said = io.StringIO()
-
-    with (tmp_path / "lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(attempt._who(os.getpid()).replace(boot_identity(), "another machine"))
-        lock.flush()
-        attempt.Attempt(attempt.Speaker(said)).run({"directory": str(tmp_path), "attempt": 1})
-
-    assert json.loads(said.getvalue()) == {"type": "interrupted", "reason": "attempt.directory_busy"}
 
 
 def is_gone(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,6 @@ from core.db import jobs
 from core.db.files import list_files, name_files
 from core.db.session import Database
 from core.db.tables import Job
-from core.errors import WrongState
 from core.queue import PollingOnly
 from core.storage import Storage, make_storage
 from ml.manifest import Manifest
@@ -39,14 +39,6 @@ from workers.inputs import Inputs
 def bucket(s3_server: S3Server, s3_url: str) -> dict[str, Any]:
     """Settings of a host whose files lie in a bucket."""
     return {"storage_url": s3_url, "s3_endpoint_url": s3_server.url}
-
-
-def nobody_else() -> None:
-    """The job is still this attempt's."""
-
-
-def somebody_else() -> None:
-    raise WrongState("another attempt's by now")
 
 
 def claim(database: Database, job_id: str) -> Job:
@@ -110,7 +102,7 @@ def test_what_an_attempt_reads_is_linked_into_its_own_folder(sqlite_url: str, tm
         [job] = jobs.enqueue(session, [split])
     inputs = Inputs(database, make_storage(settings), settings, capabilities=("cpu",))
 
-    path = Path(inputs.request(job, nobody_else)["input"]["manifest"])
+    path = Path(inputs.request(job, threading.Event())["input"]["manifest"])
     links = path.stat().st_nlink
     inputs.drop_files(job)
 
@@ -149,7 +141,7 @@ def test_another_host_goes_on_from_the_newest_checkpoint(database: Database, tmp
     write_checkpoint(tmp_path / "a", b"step 2", _2=b"best 2")
     keep(database, here, job, tmp_path / "a")
 
-    restore_checkpoint(database, there, job, tmp_path / "b", nobody_else)
+    restore_checkpoint(database, there, job, tmp_path / "b", threading.Event())
 
     assert sorted(before) == ["checkpoint-1/best-1.ckpt", "checkpoint-1/last.ckpt"]
     assert read_checkpoint(tmp_path / "b") == {"last.ckpt": b"step 2", "best-1.ckpt": b"best 1", "best-2.ckpt": b"best 2"}
@@ -170,34 +162,17 @@ def test_a_host_takes_the_checkpoint_of_a_later_attempt_and_keeps_its_own_otherw
     keep(database, storage, job, tmp_path / "first")
     write_checkpoint(tmp_path / "first", b"step 2, not kept")
 
-    restore_checkpoint(database, storage, job, tmp_path / "first", nobody_else)
+    restore_checkpoint(database, storage, job, tmp_path / "first", threading.Event())
     own = read_checkpoint(tmp_path / "first")
     with database.transaction() as session:
         jobs.interrupt(session, job.id, token=job.token, reason="test")
     later = claim(database, job.id)
     write_checkpoint(tmp_path / "second", b"step 3")
     keep(database, storage, later, tmp_path / "second")
-    restore_checkpoint(database, storage, job, tmp_path / "first", nobody_else)
+    restore_checkpoint(database, storage, job, tmp_path / "first", threading.Event())
 
     assert own["last.ckpt"] == b"step 2, not kept"
     assert read_checkpoint(tmp_path / "first") == {"last.ckpt": b"step 3"}
-    database.close()
-
-
-def test_who_was_given_up_on_while_it_brought_a_checkpoint_takes_no_successors_away(
-    sqlite_url: str, tmp_path: Path, bucket: dict[str, Any]
-) -> None:
-    database = Database(sqlite_url)
-    storage = make_storage(make_settings(tmp_path, database, **bucket))
-    job = claim(database, add_training(database))
-    write_checkpoint(tmp_path / "elsewhere", b"step 1")
-    keep(database, storage, job, tmp_path / "elsewhere")
-    write_checkpoint(tmp_path / "here", b"of the successor")
-
-    with pytest.raises(WrongState):
-        restore_checkpoint(database, storage, job, tmp_path / "here", somebody_else)
-
-    assert read_checkpoint(tmp_path / "here") == {"last.ckpt": b"of the successor"}
     database.close()
 
 

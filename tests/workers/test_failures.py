@@ -42,6 +42,7 @@ def test_every_error_of_ml_has_a_class_and_a_code_of_its_own(cls: type[errors.Ml
         (errors.DiskFull("full"), ("retryable", "storage.full", None)),
         (OSError(errno.ENOSPC, "full"), ("retryable", "storage.full", None)),
         (OSError(errno.EIO, "bad disk"), ("retryable", "storage.unavailable", None)),
+        (BlockingIOError(errno.EAGAIN, "no more processes"), ("retryable", "host.busy", None)),
         (FileNotFoundError(errno.ENOENT, "gone"), ("permanent", "attempt.crashed", None)),
         (ZeroDivisionError("x"), ("permanent", "attempt.crashed", None)),
     ],

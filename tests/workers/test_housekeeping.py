@@ -21,6 +21,7 @@ from core.queue import CeleryQueue, PollingOnly, Queue
 from core.storage import LocalStorage
 from tests.builders_services import free_port, wait_until
 from tests.workers.builders import add_jobs, make_settings, read_job
+from workers.folders import alone_in
 from workers.housekeeping import Housekeeping
 
 INGEST = jobs.NewJob(kind="ingest", input={})
@@ -149,21 +150,63 @@ def test_folders_stay_as_long_as_a_retry_could_use_them(
     database.close()
 
 
-def test_a_folder_whose_job_is_tried_again_while_others_are_removed_stays(sqlite_url: str, tmp_path: Path) -> None:
+def add_failed(database: Database, directory: Path) -> tuple[str, Path]:
+    """A job that failed long ago, and its folder, in which an attempt has been."""
+    [job_id] = add_jobs(database, jobs.NewJob(kind="ingest", input={}))
+    with database.transaction() as session:
+        job = jobs.get_job(session, job_id)
+        job.status, job.finished_at = "failed", now(session) - timedelta(days=365)
+    folder = directory / "data" / "jobs" / job_id
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "lock").touch()
+    return job_id, folder
+
+
+def test_a_job_that_is_retried_while_folders_are_swept_keeps_its_own(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
-    house, folders = keep(database, tmp_path), tmp_path / "folders"
-    for name in ("first", "retried", ".gone-before"):
-        (folders / name).mkdir(parents=True)
-    asked: list[list[str]] = []
+    house = keep(database, tmp_path)
+    (first, folder), (second, other) = add_failed(database, tmp_path), add_failed(database, tmp_path)
+    looks: list[list[str]] = []
 
-    def find_unneeded(names: list[str]) -> list[str]:
-        asked.append(sorted(names))
-        return [name for name in names if name != "retried" or len(asked) == 1]
+    def look_then_retry(ids: list[str]) -> list[str]:
+        found = house._finished_jobs(ids)
+        if not looks:
+            with database.transaction() as session:
+                jobs.retry(session, first)
+        looks.append(sorted(found))
+        return found
 
-    house.sweep_folders(folders, find_unneeded)
+    house.sweep_folders(tmp_path / "data" / "jobs", look_then_retry)
 
-    assert asked[0] == ["first", "retried"]
-    assert [path.name for path in folders.iterdir()] == ["retried"]
+    assert looks[0] == sorted([first, second])
+    assert (folder / "checkpoints").is_dir()
+    assert not other.exists()
+    database.close()
+
+
+def test_a_folder_in_which_somebody_works_is_left_alone(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    house = keep(database, tmp_path)
+    _, folder = add_failed(database, tmp_path)
+
+    with alone_in(folder):
+        house.sweep()
+        assert (folder / "checkpoints").is_dir()
+    house._host_swept_at = float("-inf")
+    house.sweep()
+
+    assert list(folder.parent.iterdir()) == []
+    database.close()
+
+
+def test_what_a_sweep_that_died_left_half_removed_goes_with_the_next(sqlite_url: str, tmp_path: Path) -> None:
+    database = Database(sqlite_url)
+    _, folder = add_failed(database, tmp_path)
+    folder.rename(folder.with_name(f".removed-{folder.name}"))
+
+    keep(database, tmp_path).sweep()
+
+    assert list(folder.parent.iterdir()) == []
     database.close()
 
 

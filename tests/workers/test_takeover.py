@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sqlite3
-from contextlib import closing
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import pytest
 
 from core.db.session import Database
 from core.db.tables import Worker
@@ -25,14 +31,29 @@ from tests.workers.builders import (
     write_folder,
 )
 from tests.workers.test_attempts import is_gone
+from workers.folders import FolderBusy, alone_in
+from workers.processes import boot_identity, start_ticks
+
+FOREIGN = "another-boot 1"
 
 
 def freeze_at_work(directory: Path) -> int:
     """Stop the attempt's process once it has the job's folder for itself; its id."""
     lock = directory / "lock"
-    pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work").split()[0])
+    pid = int(wait_until(lambda: lock.exists() and lock.read_text(), what="the attempt at work").partition(" ")[0])
     os.kill(pid, signal.SIGSTOP)
     return pid
+
+
+@contextmanager
+def held_by(directory: Path, name: str) -> Iterator[None]:
+    """Somebody of this name works in the folder."""
+    with (directory / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(name)
+        lock.flush()
+        yield
 
 
 def freeze_outside_a_write(worker: WorkerProcess, database: Database) -> None:
@@ -90,6 +111,49 @@ def test_a_frozen_worker_is_given_up_on_and_finds_itself_fenced(database: Databa
     events = read_events(database, job_id)
     assert kinds_of(events).count("succeeded") == 1
     assert [event.number for event in events] == list(range(1, len(events) + 1))
+
+
+def test_a_process_of_another_container_is_never_killed_for_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.folders.ELSEWHERE_SECONDS", 0.0)
+    monkeypatch.setattr("workers.folders.PREDECESSOR_SECONDS", 0.0)
+    innocent = subprocess.Popen([sys.executable, "-c", "input()", "workers.attempt"], stdin=subprocess.PIPE, start_new_session=True)
+    elsewhere, before = f"{innocent.pid} {start_ticks(innocent.pid)} {FOREIGN}", f"{innocent.pid} 1 {boot_identity()}"
+
+    for name in (elsewhere, before):
+        with held_by(tmp_path, name), pytest.raises(FolderBusy, match=f"{innocent.pid} "), alone_in(tmp_path):
+            pass
+
+    assert innocent.poll() is None
+    innocent.communicate(b"\n")
+    assert innocent.returncode == 0
+
+
+def test_who_leaves_a_folder_takes_its_name_with_it(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        inside = (tmp_path / "lock").read_text()
+
+    assert inside == f"{os.getpid()} {start_ticks(os.getpid())} {boot_identity()}"
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_folder_that_another_container_holds_costs_a_pause_and_no_attempt(database: Database, tmp_path: Path) -> None:
+    job_id = add_ingest(database, write_folder(tmp_path))
+    folder = tmp_path / "data" / "jobs" / job_id
+    folder.mkdir(parents=True)
+
+    with worker_inside(make_settings(tmp_path, database, lease_seconds=3.0, max_attempts=1)):
+        with held_by(folder, f"1 1 {FOREIGN}"):
+            wait_until(lambda: "interrupted" in kinds_of(read_events(database, job_id)), what="the way back to the queue")
+            waiting = read_job(database, job_id)
+        job = wait_for_end(database, job_id)
+
+    events = read_events(database, job_id)
+    [started, interrupted] = [event for event in events if event.kind in ("started", "interrupted")][:2]
+    assert (waiting.status, waiting.lost_attempts, started.data["attempt"]) == ("queued", 0, 1)
+    assert interrupted.data == {"reason": "attempt.directory_busy"}
+    assert waiting.not_before is not None
+    assert (waiting.not_before - interrupted.at).total_seconds() == pytest.approx(3.0)
+    assert (job.status, job.lost_attempts) == ("succeeded", 0)
 
 
 def test_the_dead_are_told_from_the_living(sqlite_url: str, tmp_path: Path) -> None:
