@@ -24,7 +24,8 @@ $(VENV)/.installed: requirements/all.txt pyproject.toml
 		echo "Fetching uv into .uv ..."; $(PYTHON3) -m pip install -q --disable-pip-version-check --target .uv uv; }
 	@test -x $(BIN)/python || $(UV) venv -q --python $(INTERPRETER) $(VENV)
 	@echo "Installing the locked packages into $(VENV) (a minute when nothing is cached) ..."
-	@$(UV) pip sync -q --python $(BIN)/python --require-hashes requirements/all.txt
+	@# Compiled once, here: else each process compiles torch anew, seconds long, where Python may not write beside its packages.
+	@$(UV) pip sync -q --compile-bytecode --python $(BIN)/python --require-hashes requirements/all.txt
 	@$(UV) pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 

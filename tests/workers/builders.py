@@ -122,6 +122,15 @@ def write_folder(directory: Path, *, images: int = 4) -> Path:
     return write_class_folders(directory / "images", {"cat": images, "dog": images})
 
 
+def write_long_folder(directory: Path, *, copies: int = 500) -> Path:
+    """The same, and so many copies that nobody reads them to their end before a busy test has found the attempt and frozen it."""
+    folder = write_folder(directory)
+    image = next((folder / "cat").iterdir())
+    for number in range(copies):
+        (folder / "cat" / f"copy-{number}{image.suffix}").hardlink_to(image)
+    return folder
+
+
 def read_job(database: Database, job_id: str) -> Job:
     """As the database has it now."""
     with database.reading() as session:

@@ -30,6 +30,7 @@ from tests.workers.builders import (
     wait_for_status,
     worker_inside,
     write_folder,
+    write_long_folder,
 )
 
 
@@ -70,7 +71,7 @@ def killing_every_child() -> Iterator[list[int]]:
 
 
 def test_an_attempt_whose_process_is_killed_is_made_again(database: Database, tmp_path: Path) -> None:
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database)):
         os.kill(frozen_child(database, job_id), signal.SIGKILL)
@@ -98,7 +99,7 @@ def test_a_job_that_kills_every_attempt_ends_after_its_last(sqlite_url: str, tmp
 
 def test_a_frozen_attempt_loses_its_lease_and_is_made_again(database: Database, tmp_path: Path) -> None:
     # On a busy machine the start of a process alone may take longer than such a limit, hence the many attempts.
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database, stall_seconds=3.0, max_attempts=20)):
         frozen = frozen_child(database, job_id)
@@ -112,7 +113,7 @@ def test_a_frozen_attempt_loses_its_lease_and_is_made_again(database: Database, 
 
 def test_a_slow_attempt_keeps_its_lease(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database, lease_seconds=4.0)):
         pid = frozen_child(database, job_id)
@@ -126,7 +127,7 @@ def test_a_slow_attempt_keeps_its_lease(sqlite_url: str, tmp_path: Path) -> None
 
 
 def test_a_canceled_attempt_stops_and_its_job_is_canceled(database: Database, tmp_path: Path) -> None:
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database, lease_seconds=30, stall_seconds=60)):
         pid = frozen_child(database, job_id)
@@ -145,7 +146,7 @@ def test_a_canceled_attempt_stops_and_its_job_is_canceled(database: Database, tm
 
 def test_an_attempt_that_does_not_stop_in_time_is_killed_and_canceled(sqlite_url: str, tmp_path: Path) -> None:
     database = Database(sqlite_url)
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database, grace_seconds=0.5)):
         pid = frozen_child(database, job_id)
@@ -160,7 +161,7 @@ def test_an_attempt_that_does_not_stop_in_time_is_killed_and_canceled(sqlite_url
 
 def test_a_worker_that_stops_gives_its_job_back_at_no_cost(database: Database, tmp_path: Path) -> None:
     settings = make_settings(tmp_path, database, grace_seconds=0.5, max_attempts=1)
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(settings):
         pid = frozen_child(database, job_id)
@@ -174,7 +175,7 @@ def test_a_worker_that_stops_gives_its_job_back_at_no_cost(database: Database, t
 
 
 def test_an_attempt_that_was_given_up_on_is_killed_and_writes_nothing(database: Database, tmp_path: Path) -> None:
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     def claim() -> Job | None:
         with database.transaction() as session:
@@ -255,7 +256,7 @@ def test_the_attempts_process_knows_no_secret_and_no_database(sqlite_url: str, t
     monkeypatch.setenv("NOISY_STUDENT_DATABASE_URL", "postgresql://user:secret@host/rows")
     monkeypatch.setenv("PGPASSWORD", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    job_id = add_ingest(database, write_folder(tmp_path))
+    job_id = add_ingest(database, write_long_folder(tmp_path))
 
     with worker_inside(make_settings(tmp_path, database)):
         pid = frozen_child(database, job_id)
