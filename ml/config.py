@@ -195,6 +195,18 @@ class TeacherConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig(Checked):
+    """Knowledge distillation (Hinton et al. 2015): the student imitates the teacher's softened distributions, on labeled images too."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = PYDANTIC_CONFIG
+
+    temperature: Annotated[float, Interval(gt=0, le=100)] = 4.0
+    """T, which divides the logits of both; the loss is multiplied by its square, so that its gradient does not fade with it."""
+    labels_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.1
+    """Alpha: the loss of a labeled image is alpha x cross-entropy with its label + (1 - alpha) x distillation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig(Checked):
     """One iteration's student: trained with noise on labeled and pseudo-labeled images together."""
 
@@ -225,6 +237,12 @@ class StudentConfig(Checked):
     """Soft: the teacher's whole distribution. Hard: its largest class."""
     temperature: Annotated[float, Interval(gt=0, le=100)] = 1.0
     """Sharpens (< 1) or flattens (> 1) soft pseudo-labels: p^(1/T) / sum p^(1/T)."""
+    distillation: DistillationConfig | None = None
+    """Imitate the teacher instead of learning its guesses; None does not. Usually with a smaller network."""
+
+    def check(self) -> None:
+        if self.distillation is not None and (self.pseudo_labels != "soft" or self.temperature != 1):
+            raise RecipeError("distillation needs soft pseudo-labels at temperature 1; it has its own", pointer="/distillation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

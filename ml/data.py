@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ml.config import ImageConfig, NoiseConfig, RuntimeConfig
@@ -53,6 +54,8 @@ class Batch(NamedTuple):
     """uint8 [B + U, C, H, W], labeled first; channels last in memory."""
     labels_B: Tensor
     """int64."""
+    soft_BK: Tensor | None
+    """What the teacher says of the labeled images, as `soft_UK`; None unless it is imitated there."""
     soft_UK: Tensor | None
     """float32, each row summing to 1; None without pseudo-labels."""
 
@@ -61,7 +64,8 @@ class TrainingBatches:
     """The batches of the steps from `start_step` up to `stop_step`; a context manager that ends its workers.
 
     `labeled` holds usable rows. With `selected`, the plan's `unlabeled_steps` have images of `unlabeled`, an image with repeat r
-    standing r times in that stream; `unlabeled_noise` is the noise on them, None that on labeled ones. Raises DataError for
+    standing r times in that stream; `unlabeled_noise` is the noise on them, None that on labeled ones; `labeled_probs`
+    [N, K] is what a teacher says of `labeled`. Raises DataError for
     selected keys that the pool does not have, and BadImage naming the file when one has vanished or changed since the manifest
     was made.
     """
@@ -81,6 +85,7 @@ class TrainingBatches:
         runtime: RuntimeConfig,
         unlabeled_noise: NoiseConfig | None = None,
         fade_ratio: float = 0.0,
+        labeled_probs: NDArray[np.float32] | None = None,
     ) -> None:
         pool = None
         if selected is not None and unlabeled is not None and plan.unlabeled_steps:
@@ -117,6 +122,7 @@ class TrainingBatches:
             np.array(labeled.class_indices(class_names), dtype=np.int64),
             of_pool,
             None if pool is None else selected,
+            labeled_probs,
         )
         self._running: Generator[Batch] | None = None
 
@@ -193,10 +199,11 @@ class TrainingBatches:
     def _batch(self, images: Any, targets: Targets) -> Batch:
         # Channels last in memory is what the views have already, so nothing is copied here.
         tensor, labels_B = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(targets.labels_B)
-        soft_UK = None if targets.soft_UK is None else torch.from_numpy(targets.soft_UK)
+        soft_BK, soft_UK = (None if soft is None else torch.from_numpy(soft) for soft in (targets.soft_BK, targets.soft_UK))
         if self._pinned:
-            return Batch(tensor.pin_memory(), labels_B.pin_memory(), None if soft_UK is None else soft_UK.pin_memory())
-        return Batch(tensor, labels_B, soft_UK)
+            pinned = [None if soft is None else soft.pin_memory() for soft in (soft_BK, soft_UK)]
+            return Batch(tensor.pin_memory(), labels_B.pin_memory(), *pinned)
+        return Batch(tensor, labels_B, soft_BK, soft_UK)
 
 
 @dataclass(init=False, slots=True)

@@ -124,38 +124,47 @@ class Learner:
         count = self._config.training.accumulation
         images = batch.images.to(self._device, non_blocking=True)
         labels_B = batch.labels_B.to(self._device, non_blocking=True)
-        soft_UK = None if batch.soft_UK is None else batch.soft_UK.to(self._device, non_blocking=True)
+        soft_BK, soft_UK = (None if soft is None else soft.to(self._device, non_blocking=True) for soft in (batch.soft_BK, batch.soft_UK))
         if count == 1:
-            yield _Part(images, labels_B, soft_UK)
+            yield _Part(images, labels_B, soft_BK, soft_UK)
             return
         of_labeled, of_unlabeled = images[: len(labels_B)], images[len(labels_B) :]
         for index in range(count):
             labeled, unlabeled = _share(of_labeled, index, count), _share(of_unlabeled, index, count)
-            soft = None if soft_UK is None else _share(soft_UK, index, count)
-            yield _Part(torch.cat([labeled, unlabeled]), _share(labels_B, index, count), soft)
+            shares = [None if soft is None else _share(soft, index, count) for soft in (soft_BK, soft_UK)]
+            yield _Part(torch.cat([labeled, unlabeled]), _share(labels_B, index, count), *shares)
 
     def _loss(self, part: _Part, step: int) -> StepLoss:
         """Forward of labeled and pseudo-labeled images together, so that batch norm sees the mixed batch; then the loss."""
-        smoothing = self._config.training.label_smoothing
         num_labeled = len(part.labels_B)
         if self._rows is not None and isinstance(self._config, StudentConfig):
             unlabeled_steps, fade_ratio = self._plan.unlabeled_steps, self._config.unlabeled_noise_fade_ratio
             self._rows.set(num_labeled, noised_ratio_at(unlabeled_steps.stop, fade_ratio, min(step, unlabeled_steps.stop)))
         with autocast(self._runtime):
             logits = self._forward(self._normalize(part.images.permute(0, 2, 3, 1)))
+        zero = torch.zeros((), device=self._device)
+        mean_L = self._labeled_loss(logits[:num_labeled], part) if num_labeled else zero
         if part.soft_UK is None or not isinstance(self._config, StudentConfig):
-            return losses.without_pseudo_labels(logits, part.labels_B, smoothing=smoothing)
-        student = self._config
-        if not num_labeled:
-            mean_U = losses.pseudo_label_cross_entropy(
-                logits, part.soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
-            )
-            return StepLoss(mean_U, torch.zeros_like(mean_U), mean_U.detach())
-        mean_L = losses.labeled_cross_entropy(logits[:num_labeled], part.labels_B, smoothing=smoothing)
-        mean_U = losses.pseudo_label_cross_entropy(
-            logits[num_labeled:], part.soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
+            return StepLoss(mean_L, mean_L.detach(), zero)
+        mean_U = self._unlabeled_loss(logits[num_labeled:], part.soft_UK, self._config)
+        total = losses.combine(self._config.loss, mean_L, mean_U, self._config.ratio) if num_labeled else mean_U
+        return StepLoss(total, mean_L, mean_U)
+
+    def _labeled_loss(self, logits_BK: Tensor, part: _Part) -> Tensor:
+        """Cross-entropy with the labels; of a distilled student mixed with what its teacher says of the images."""
+        of_labels = losses.labeled_cross_entropy(logits_BK, part.labels_B, smoothing=self._config.training.label_smoothing)
+        if part.soft_BK is None or not isinstance(self._config, StudentConfig) or self._config.distillation is None:
+            return of_labels
+        alpha, temperature = self._config.distillation.labels_ratio, self._config.distillation.temperature
+        return alpha * of_labels + (1 - alpha) * losses.distillation(logits_BK, part.soft_BK, temperature=temperature)
+
+    def _unlabeled_loss(self, logits_UK: Tensor, soft_UK: Tensor, student: StudentConfig) -> Tensor:
+        if student.distillation is not None:
+            return losses.distillation(logits_UK, soft_UK, temperature=student.distillation.temperature)
+        smoothing = self._config.training.label_smoothing
+        return losses.pseudo_label_cross_entropy(
+            logits_UK, soft_UK, kind=student.pseudo_labels, temperature=student.temperature, smoothing=smoothing
         )
-        return StepLoss(losses.combine(student.loss, mean_L, mean_U, student.ratio), mean_L, mean_U)
 
 
 def noise_of_network(config: TeacherConfig | StudentConfig, role: Role) -> NoiseConfig:
@@ -182,6 +191,7 @@ class _Part(NamedTuple):
 
     images: Tensor
     labels_B: Tensor
+    soft_BK: Tensor | None
     soft_UK: Tensor | None
 
 

@@ -172,6 +172,7 @@ class LocalRun:
                 unlabeled=str(self._manifest("unlabeled")) if student else None,
                 selected=str(self._iteration_folder(iteration) / "selected.parquet") if student else None,
                 initial_weights=str(self.folders.output / teacher.id) if warm and teacher else None,
+                teacher=str(self.folders.output / teacher.id) if student and teacher else None,
                 teacher_parameters=teacher.num_parameters if teacher else None,
                 lineage={"teacher": teacher.id if teacher else None, "recipe": self.recipe.name, "seed": self.recipe.seed},
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,6 +52,16 @@ def pseudo_label_cross_entropy(
     return soft_cross_entropy(logits_UK, sharpen(probs_UK, temperature))
 
 
+def distillation(logits_NK: Tensor, probs_NK: Tensor, *, temperature: float) -> Tensor:
+    """T^2 x mean KL(teacher || student), both softened by T; `probs_NK` are the teacher's at temperature 1.
+
+    The gradient of a softened cross-entropy falls as 1/T^2 (Hinton et al. 2015, section 2); the factor makes up for it.
+    """
+    targets_NK = sharpen(probs_NK.detach(), temperature)
+    logs_NK = functional.log_softmax(logits_NK.float() / temperature, dim=-1)
+    return temperature**2 * functional.kl_div(logs_NK, targets_NK, reduction="batchmean")
+
+
 def combine(name: LossName, mean_L: Tensor, mean_U: Tensor, ratio: float) -> Tensor:
     """Add the two means the way `name` says; `ratio` is r, the pseudo-labeled images for each labeled one."""
     if name == "sum":
@@ -60,9 +69,3 @@ def combine(name: LossName, mean_L: Tensor, mean_U: Tensor, ratio: float) -> Ten
     if name == "ratio":
         return mean_L + ratio * mean_U
     return (mean_L + ratio * mean_U) / (1 + ratio)
-
-
-def without_pseudo_labels(logits_BK: Tensor, labels_B: Tensor, *, smoothing: float) -> StepLoss:
-    """The loss of a step on labeled images alone (teacher and control)."""
-    mean_L = labeled_cross_entropy(logits_BK, labels_B, smoothing=smoothing)
-    return StepLoss(mean_L, mean_L.detach(), torch.zeros_like(mean_L))

@@ -40,6 +40,8 @@ class TrainingTask:
     """Selected pseudo-labels (Parquet of `ml.selection`); needed by a student."""
     initial_weights: str | None = None
     """Folder of an exported generation that `teacher` or `generation:ID` was resolved to."""
+    teacher: str | None = None
+    """Folder of the teacher's exported generation; needed by a student that is distilled, which imitates it on labeled images too."""
     teacher_parameters: int | None = None
     """The teacher's number of parameters, to compare the student's with."""
     lineage: dict[str, Any] = field(default_factory=dict)

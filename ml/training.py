@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ml import calibration, models
 from ml.checkpoints import CheckpointFolder, State
@@ -21,7 +22,7 @@ from ml.config import StudentConfig
 from ml.data import TrainingBatches
 from ml.determinism import torch_seed
 from ml.devices import apply_runtime, host_facts
-from ml.errors import Diverged, Interrupted, RecipeError
+from ml.errors import DataError, Diverged, Interrupted, RecipeError
 from ml.evaluation import label_ranks
 from ml.events import Event, OnEvent, ShouldStop, ignore, never
 from ml.export import PARITY_IMAGES, write_generation
@@ -149,7 +150,23 @@ class Training:
             runtime=self.task.runtime,
             unlabeled_noise=self.student.unlabeled_noise,
             fade_ratio=self.student.unlabeled_noise_fade_ratio,
+            labeled_probs=self._imitated_probs(),
         )
+
+    def _imitated_probs(self) -> NDArray[np.float32] | None:
+        """What the teacher of a distilled student says of the labeled images' weak views, [N, K], at temperature 1; None for others."""
+        if self.task.role != "student" or self.student.distillation is None:
+            return None
+        assert self.task.teacher is not None, "gather has refused that"
+        teacher = models.load_generation(Path(self.task.teacher), torch.device(self.task.runtime.device))
+        batch_size = batch_for(self.task.runtime.device, teacher.preprocessing.size, _EVALUATION_BATCH)
+        views = WeakViews(self.inputs.labeled, teacher.preprocessing, batch_size=batch_size)
+        num_classes = len(self.inputs.class_names)
+        found = predict(teacher.network, views, num_classes=num_classes, runtime=self.exact, should_stop=self.should_stop)
+        gone = [key for key, status in zip(self.inputs.labeled.column("key"), found.statuses, strict=True) if status != "ok"]
+        if gone:
+            raise DataError(f"{len(gone)} labeled images cannot be read any more, for example {gone[0]}", keys=gone[:100])
+        return calibration.softmax(found.logits, 1.0).astype(np.float32)
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint; return the number of steps already made."""

@@ -42,6 +42,8 @@ def gather(task: TrainingTask) -> TrainingInputs:
         raise RecipeError(f"a {task.role} needs the iteration's student config", pointer="/students")
     if task.role == "student" and (task.selected is None or task.unlabeled is None):
         raise DataError("a student needs selected pseudo-labels and the manifest of their images")
+    if task.role == "student" and task.student is not None and task.student.distillation is not None:
+        _check_teacher(task)
     config = task.recipe.teacher if task.role == "teacher" or task.student is None else task.student
     everything = Manifest.read(task.labeled).usable()
     class_names = everything.class_names
@@ -74,6 +76,21 @@ def gather(task: TrainingTask) -> TrainingInputs:
     )
 
 
+def _check_teacher(task: TrainingTask) -> None:
+    """DataError or ClassMismatch unless a distilled student has a teacher that guesses the same classes."""
+    if task.teacher is None:
+        raise DataError("a distilled student needs its teacher: the folder of the generation that made its pseudo-labels")
+    path = Path(task.teacher) / "class_names.json"
+    try:
+        found = tuple(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{task.teacher} is no exported generation: {error}", path=str(path)) from error
+    expected = Manifest.read(task.labeled).class_names
+    if found != expected:
+        message = f"the teacher guesses classes {', '.join(found[:5])}, the labels are for {', '.join(expected[:5])}"
+        raise ClassMismatch(message, found=list(found), expected=list(expected))
+
+
 def _digest(task: TrainingTask, config: TeacherConfig | StudentConfig, labeled: Manifest, validation: Manifest) -> str:
     """SHA-256, hex, over what decides the weights.
 
@@ -93,6 +110,8 @@ def _digest(task: TrainingTask, config: TeacherConfig | StudentConfig, labeled: 
     }
     if task.role == "student":
         words |= {"selected": _of_file(task.selected), "unlabeled": _of_file(task.unlabeled)}
+        if task.student is not None and task.student.distillation is not None and task.teacher is not None:
+            words["teacher"] = _of_file(Path(task.teacher) / WEIGHTS)
     for name in ("accumulation", "checkpoint_every_seconds"):
         del words["config"]["training"][name]
     # What an older version did not know, at its default, changes nothing: a training that it began goes on.
@@ -102,7 +121,10 @@ def _digest(task: TrainingTask, config: TeacherConfig | StudentConfig, labeled: 
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
-_LATER = {name: getattr(StudentConfig(), name) for name in ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio")}
+_LATER = {
+    name: getattr(StudentConfig(), name)
+    for name in ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio", "distillation")
+}
 
 
 def _of_file(path: str | Path | None) -> str | None:

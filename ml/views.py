@@ -154,6 +154,7 @@ class Targets(NamedTuple):
     """What the images of a step are to be."""
 
     labels_B: npt.NDArray[np.int64]
+    soft_BK: npt.NDArray[np.float32] | None
     soft_UK: npt.NDArray[np.float32] | None
 
 
@@ -165,6 +166,8 @@ class Steps:
     labels: npt.NDArray[np.int64]
     unlabeled: Source | None
     selected: SelectedLabels | None
+    labeled_probs: npt.NDArray[np.float32] | None = None
+    """What a teacher says of the labeled images, [N, K]."""
     _generators: ReusedGenerator | None = field(default=None, init=False)
 
     def shape(self) -> tuple[int, int, int, int]:
@@ -192,10 +195,11 @@ class Steps:
 
     def targets(self, step: int) -> Targets:
         """What the step's images are to be."""
-        labels_B = self.labels[self.labeled.indices(step)]
+        labeled = self.labeled.indices(step)
+        labels_B, soft_BK = self.labels[labeled], None if self.labeled_probs is None else self.labeled_probs[labeled]
         if self.unlabeled is None or self.selected is None or step not in self.unlabeled.steps:
-            return Targets(labels_B, None)
-        return Targets(labels_B, self.selected.soft(self.unlabeled.indices(step)))
+            return Targets(labels_B, soft_BK, None)
+        return Targets(labels_B, soft_BK, self.selected.soft(self.unlabeled.indices(step)))
 
 
 class Broken(NamedTuple):

@@ -211,6 +211,7 @@ class Inputs:
             **paths,
             "selected": self._selected(session, set_id) if set_id else None,
             "initial_weights": self._initial_weights(session, network["initial_weights"], teacher_id),
+            "teacher": self._generation(session, teacher_id) if role == "student" and student.get("distillation") else None,
             "teacher_parameters": teacher.num_parameters if teacher else None,
             "lineage": _lineage(session, job, run, teacher, versions),
         }

@@ -83,7 +83,7 @@ def build_batches(folder: Path, *, pool: bool = True, **changes: Any) -> Trainin
 
 def collect(batches: TrainingBatches) -> list[Batch]:
     with batches:
-        return [Batch(b.images.clone(), b.labels_B.clone(), None if b.soft_UK is None else b.soft_UK.clone()) for b in batches]
+        return [Batch(b.images.clone(), b.labels_B.clone(), None, None if b.soft_UK is None else b.soft_UK.clone()) for b in batches]
 
 
 def collect_after_killing_a_worker(batches: TrainingBatches) -> None:

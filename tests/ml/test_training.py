@@ -130,7 +130,7 @@ def test_a_training_that_an_older_version_began_goes_on(student: TrainingTask, m
     ours = gather(student).digest
 
     def as_before(config: object) -> dict[str, Any]:
-        later = ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio")
+        later = ("unlabeled_noise", "unlabeled_noise_fade_ratio", "mixing", "finetune_ratio", "distillation")
         return {name: value for name, value in to_dict(config).items() if name not in later}
 
     monkeypatch.setattr("ml.training_inputs.to_dict", as_before)

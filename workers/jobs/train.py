@@ -11,7 +11,7 @@ from ml.validation import build
 from workers.jobs import Made, Work
 from workers.jobs.runtime import settle_runtime
 
-_PATHS = ("labeled", "validation", "test", "unlabeled", "selected", "initial_weights")
+_PATHS = ("labeled", "validation", "test", "unlabeled", "selected", "initial_weights", "teacher")
 
 
 def run(work: Work) -> Made:
