@@ -144,7 +144,7 @@ def test_batch_predictions_speak_of_classes_by_name(tmp_path: Path, stored: int 
 def test_running_out_of_memory_doubles_the_micro_batches(tmp_path: Path) -> None:
     recipe = get_recipe("digits")
     student = StudentConfig(training=TrainingConfig(steps=1, batch_size=9))
-    paths = dict.fromkeys(("labeled", "validation", "test", "unlabeled", "selected", "initial_weights"))
+    paths = dict.fromkeys(("labeled", "validation", "test", "unlabeled", "selected", "initial_weights", "teacher"))
     given = {"recipe": to_dict(recipe), "student": to_dict(student), "runtime": to_dict(recipe.runtime), "role": "student", **paths}
     given |= {"iteration": 1, "teacher_parameters": None, "lineage": {}}
 
@@ -159,7 +159,7 @@ def test_running_out_of_memory_doubles_the_micro_batches(tmp_path: Path) -> None
 def test_auto_takes_no_device_that_the_worker_does_not_name(tmp_path: Path) -> None:
     recipe = get_recipe("digits")
     given = {"recipe": to_dict(recipe), "student": None, "runtime": to_dict(recipe.runtime), "role": "teacher", "iteration": 0}
-    given |= dict.fromkeys(("labeled", "validation", "test", "unlabeled", "selected", "initial_weights", "teacher_parameters"))
+    given |= dict.fromkeys(("labeled", "validation", "test", "unlabeled", "selected", "initial_weights", "teacher", "teacher_parameters"))
     told: list[Any] = []
 
     task = build_task(make_work(tmp_path, given | {"lineage": {}}, on_runtime=told.append))
